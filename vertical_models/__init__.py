@@ -1,0 +1,1 @@
+"""The students: backbones, auxiliary head, online trainer, export of the serving graph."""
