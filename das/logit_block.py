@@ -1,0 +1,124 @@
+"""The logit block: the teacher's logits for all rows of one `examples` message, as one Redis string.
+
+Layout, little-endian: a 60-byte header, then rows x objectives logits in row-major order.
+
+| field | type | meaning |
+|---|---|---|
+| magic | 4 bytes | `XFLB` |
+| format | u8 | 1 |
+| dtype | u8 | 0 float16, 1 float32 |
+| objectives | u16 | columns, in the order of `FeatureSchema.objective_names` |
+| rows | u32 | rows of the message |
+| teacher_version | u64 | snapshot version of the weights that scored |
+| trained_offset | i64 | those weights had trained on offsets below it, of this partition |
+| trained_through_ms | i64 | newest event time they had trained on |
+| schema_fingerprint | u64 | `FeatureSchema.fingerprint` |
+| message_checksum | u64 | xxh64 of the whole Kafka value that was scored |
+| block_checksum | u64 | xxh64 of everything else in the block |
+
+At 256 rows x 2 objectives in float16 a block has 1,084 bytes: it stays inside jemalloc's class of 1,280 bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+BlockDtype = Literal["float16", "float32"]
+
+MAGIC = b"XFLB"
+FORMAT = 1
+_CHECKED = struct.Struct("<4sBBHIQqqQQ")
+_CHECKSUM = struct.Struct("<Q")
+HEADER_BYTES = _CHECKED.size + _CHECKSUM.size
+_DTYPES: dict[int, np.dtype] = {0: np.dtype("<f2"), 1: np.dtype("<f4")}
+_CODES: dict[BlockDtype, int] = {"float16": 0, "float32": 1}
+
+
+class BlockError(ValueError):
+    """The bytes are not a block that may be used. `reason`: format (not ours, or another version) or corrupt."""
+
+    def __init__(self, reason: Literal["format", "corrupt"], detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitBlock:
+    """A decoded, self-consistent block. `logits`: float32 (rows, objectives), finite, read-only."""
+
+    teacher_version: int
+    trained_offset: int
+    trained_through_ms: int
+    schema_fingerprint: int
+    message_checksum: int
+    logits: npt.NDArray[np.float32]
+
+
+def encode_block(
+    logits: npt.NDArray[np.floating],
+    *,
+    teacher_version: int,
+    trained_offset: int,
+    trained_through_ms: int,
+    schema_fingerprint: int,
+    message_checksum: int,
+    dtype: BlockDtype = "float16",
+) -> bytes:
+    """Encode logits (rows, objectives). The same input gives the same bytes.
+
+    Finite values beyond the range of `dtype` are saturated (float16: +-65504).
+    Raises ValueError on a NaN, an infinity, another shape, or a number that does not fit its header field.
+    """
+    logits = np.asarray(logits)
+    if logits.ndim != 2 or not np.issubdtype(logits.dtype, np.floating):
+        raise ValueError(f"logits must be floats of shape (rows, objectives), not {logits.dtype} {logits.shape}")
+    if not np.isfinite(logits).all():
+        raise ValueError(f"{int((~np.isfinite(logits)).sum())} of {logits.size} logits are NaN or infinite")
+    code = _CODES[dtype]
+    limit = np.finfo(_DTYPES[code]).max
+    payload = np.clip(logits, -limit, limit).astype(_DTYPES[code]).tobytes()
+    rows, objectives = logits.shape
+    try:
+        head = _CHECKED.pack(
+            *(MAGIC, FORMAT, code, objectives, rows, teacher_version),
+            *(trained_offset, trained_through_ms, schema_fingerprint, message_checksum),
+        )
+    except struct.error as error:
+        raise ValueError(f"a header field is out of range: {error}") from None
+    return b"".join((head, _CHECKSUM.pack(_digest(head, payload)), payload))
+
+
+def decode_block(data: bytes) -> LogitBlock:
+    """Decode and verify one block; raises BlockError on anything but bytes that `encode_block` made."""
+    if len(data) < HEADER_BYTES or data[:4] != MAGIC:
+        raise BlockError("format", f"{len(data)} bytes that do not start with a block header")
+    head = data[: _CHECKED.size]
+    _, version, code, objectives, rows, teacher, offset, through_ms, schema, message = _CHECKED.unpack(head)
+    if version != FORMAT:
+        raise BlockError("format", f"block format {version}, this reader knows {FORMAT}")
+    payload = memoryview(data)[HEADER_BYTES:]
+    (checksum,) = _CHECKSUM.unpack_from(data, _CHECKED.size)
+    if checksum != _digest(head, payload):
+        raise BlockError("corrupt", "the block checksum does not match")
+    if code not in _DTYPES:
+        raise BlockError("format", f"unknown dtype code {code}")
+    if len(payload) != rows * objectives * _DTYPES[code].itemsize:
+        raise BlockError("corrupt", f"{len(payload)} payload bytes for {rows} rows x {objectives} objectives")
+    logits = np.frombuffer(payload, _DTYPES[code]).reshape(rows, objectives).astype(np.float32)
+    if not np.isfinite(logits).all():
+        raise BlockError("corrupt", "a logit is NaN or infinite")
+    logits.flags.writeable = False
+    return LogitBlock(teacher, offset, through_ms, schema, message, logits)
+
+
+def _digest(head: bytes, payload: bytes | memoryview) -> int:
+    digest = xxhash.xxh64(head)
+    digest.update(payload)
+    return int(digest.intdigest())

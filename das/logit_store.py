@@ -1,0 +1,190 @@
+"""Logit blocks and watermarks in Redis, as the teacher writes them and students fetch them.
+
+All keys of one partition share a hash tag, hence one slot of a Redis Cluster: a write is one atomic script, a fetch is
+one MGET. Blocks and watermarks expire; the writer epoch, one small key per partition and teacher, does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
+
+from das.errors import ConfigError, Fatal
+from das.redis_client import RedisConfig, connect, errors_named
+
+__all__ = ["Fetched", "Finding", "LogitStore", "PutResult", "RedisConfig"]
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
+
+# KEYS: watermark, epoch, blocks. ARGV: watermark, ttl in ms, writer epoch (0: none), blocks.
+# Everything is checked before the first write, because a script that fails half-way is not rolled back.
+_PUT = """
+local held = redis.call('GET', KEYS[2])
+if held and tonumber(held) > tonumber(ARGV[3]) then return {-1, held} end
+local reached = redis.call('GET', KEYS[1])
+if reached and not tonumber(reached) then return redis.error_reply('ERR the watermark is not a number') end
+local absent, identical = {}, 0
+for i = 3, #KEYS do
+  local there = redis.pcall('GET', KEYS[i])
+  if there == false then absent[#absent + 1] = i
+  elseif there == ARGV[i + 1] then identical = identical + 1 end
+end
+for _, i in ipairs(absent) do redis.call('SET', KEYS[i], ARGV[i + 1], 'PX', ARGV[2]) end
+if not reached or tonumber(reached) < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+else redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+if held ~= ARGV[3] and ARGV[3] ~= '0' then redis.call('SET', KEYS[2], ARGV[3]) end
+return {#absent, identical, #KEYS - 2 - #absent - identical}
+"""
+
+# KEYS: epoch. At least the server's clock, so that epochs go on rising after the store lost its data.
+_ACQUIRE = """
+local now = redis.call('TIME')
+local epoch = math.floor(tonumber(now[1]) * 1000 + tonumber(now[2]) / 1000)
+local held = redis.call('GET', KEYS[1])
+if held and tonumber(held) >= epoch then epoch = tonumber(held) + 1 end
+local text = string.format('%.0f', epoch)
+redis.call('SET', KEYS[1], text)
+return text
+"""
+
+
+class PutResult(NamedTuple):
+    """What became of the blocks of one `put`: stored now, there byte for byte, refused because others were there."""
+
+    written: int
+    identical: int
+    refused: int
+
+
+class Fetched(NamedTuple):
+    """One partition as of one moment: every offset below `watermark` was scored; `blocks` in the order asked for."""
+
+    watermark: int
+    blocks: list[bytes | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something about the server that its owner should know."""
+
+    level: Literal["warning", "error"]
+    text: str
+
+
+class LogitStore:
+    """The logits of one teacher over one topic. Thread-safe; connects at its first call.
+
+    Every method raises Retryable when the server is away, full or busy, and Fatal when waiting will not help.
+    """
+
+    def __init__(self, config: RedisConfig, *, topic: str, teacher: str, ttl_s: float) -> None:
+        """`ttl_s`: how long blocks live, the topic's retention. Raises ConfigError on an unusable name or time."""
+        for what, name in (("topic", topic), ("teacher", teacher)):
+            if not _NAME.fullmatch(name):
+                raise ConfigError(f"{what} '{name}': use letters, digits, dot, dash and underscore only")
+        if not ttl_s >= 0.001:
+            raise ConfigError(f"the time to live of logits must be positive, not {ttl_s} s")
+        self.address = config.address
+        self.topic = topic
+        self.teacher = teacher
+        self._ttl_ms = int(ttl_s * 1000)
+        self._client = connect(config)
+        self._put = self._client.register_script(_PUT)
+        self._acquire = self._client.register_script(_ACQUIRE)
+        self._epochs: dict[int, int] = {}
+
+    def block_key(self, partition: int, offset: int) -> str:
+        """The key of one block."""
+        return f"exfm:{{{self.topic}:{partition}}}:logits:{self.teacher}:{offset}"
+
+    def watermark_key(self, partition: int) -> str:
+        """The key of the watermark."""
+        return f"exfm:{{{self.topic}:{partition}}}:watermark:{self.teacher}"
+
+    def epoch_key(self, partition: int) -> str:
+        """The key of the writer epoch."""
+        return f"exfm:{{{self.topic}:{partition}}}:epoch:{self.teacher}"
+
+    def acquire(self, partition: int) -> int:
+        """Become the writer of `partition`: every store that acquired it earlier (or never) is refused from now on."""
+        with errors_named(self.address):
+            epoch = int(cast(bytes, self._acquire(keys=[self.epoch_key(partition)])))
+        self._epochs[partition] = epoch
+        return epoch
+
+    def put(self, partition: int, blocks: Mapping[int, bytes], watermark: int) -> PutResult:
+        """Store encoded blocks by offset and raise the watermark, all in one atomic step.
+
+        A key that holds other bytes keeps them: the first write wins. The watermark never goes back. Safe to repeat
+        after a Retryable, which may mean stored or not. Raises Fatal when another writer acquired the partition.
+        """
+        epoch = self._epochs.get(partition, 0)
+        keys = [self.watermark_key(partition), self.epoch_key(partition)]
+        keys += [self.block_key(partition, offset) for offset in blocks]
+        with errors_named(self.address):
+            reply = cast(list, self._put(keys=keys, args=[watermark, self._ttl_ms, epoch, *blocks.values()]))
+        if reply[0] == -1:
+            raise Fatal(
+                f"{self.epoch_key(partition)}: writer epoch {epoch} was fenced by {int(reply[1])}: "
+                f"another teacher '{self.teacher}' owns partition {partition} now; run one per partition"
+            )
+        result = PutResult(*reply)
+        if sum(result) != len(blocks):
+            raise Fatal(f"redis at {self.address} answered {reply} to a put of {len(blocks)} blocks")
+        return result
+
+    def fetch(self, partition: int, offsets: Sequence[int]) -> Fetched:
+        """The watermark (0: nothing yet) and the raw blocks of `offsets`, in one round trip."""
+        return self.fetch_many({partition: offsets})[partition]
+
+    def fetch_many(self, offsets: Mapping[int, Sequence[int]]) -> dict[int, Fetched]:
+        """`fetch` for several partitions, in one round trip; each partition is a consistent view of its own."""
+        with errors_named(self.address), self._client.pipeline(transaction=False) as pipeline:
+            for partition, wanted in offsets.items():
+                pipeline.mget([self.watermark_key(partition), *(self.block_key(partition, o) for o in wanted)])
+            replies = cast(list[list[bytes | None]], pipeline.execute())
+        return {
+            partition: Fetched(_watermark(reply[0]), reply[1:])
+            for partition, reply in zip(offsets, replies, strict=True)
+        }
+
+    def watermark(self, partition: int) -> int:
+        """The next offset to be scored; 0 when nothing was."""
+        return self.fetch(partition, ()).watermark
+
+    def check(self) -> list[Finding]:
+        """Look at the server's settings before relying on it.
+
+        Raises ConfigError where logits would vanish silently; returns warnings for the rest.
+        """
+        with errors_named(self.address):
+            memory = cast(dict, self._client.info("memory"))
+            persistence = cast(dict, self._client.info("persistence"))
+            evicted = cast(dict, self._client.info("stats")).get("evicted_keys", 0)
+        policy = memory.get("maxmemory_policy", "noeviction")
+        if memory.get("maxmemory", 0) > 0 and policy != "noeviction":
+            raise ConfigError(
+                f"redis at {self.address}: maxmemory-policy {policy} drops logits silently; "
+                "run: CONFIG SET maxmemory-policy noeviction"
+            )
+        findings = []
+        if not persistence.get("aof_enabled", 0):
+            text = "the append-only file is off: a restart loses logits, and students train on labels alone for them"
+            findings.append(Finding("warning", f"redis at {self.address}: {text}; run: CONFIG SET appendonly yes"))
+        if evicted:
+            findings.append(Finding("warning", f"redis at {self.address}: {evicted} keys were evicted since its start"))
+        return findings
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+
+def _watermark(raw: bytes | None) -> int:
+    """A foreign value counts as nothing reached: readers go without logits, and the writer's put says why."""
+    try:
+        return int(raw or 0)
+    except ValueError:
+        return 0
