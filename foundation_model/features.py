@@ -1,0 +1,306 @@
+"""Rows of the examples stream as model input: ids hashed into tables, numbers on unit scale, sequences jagged.
+
+Shape legend: B rows, C categorical features, N numeric columns, T past events of all rows together,
+F fields of one sequence, K objectives.
+
+All tables of one encoder share a single id space: table i owns the ids [offset_i, offset_i + size_i), so every
+lookup of a row is one gather from one matrix. Inside a table, local id 0 means "missing" and a value `v` has
+local id `splitmix64(v ^ seed(table)) % (size - 1) + 1`. Raw ids of the stream are never used as indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import xxhash
+from pydantic import Field
+
+from das.config import Config
+from das.errors import ConfigError, Poison
+from das.schema import FeatureSchema, NumericFeature, SequenceFeature
+from foundation_model.batch import Batch, JaggedSequence
+
+NUMERIC_LIMIT = 1e6
+"""Transformed numbers are clipped to +- this, so that one absurd value stays finite in float32."""
+
+
+class TablesConfig(Config):
+    """Rows per hashed embedding table."""
+
+    default_buckets: int = Field(8_192, ge=2, le=2**31)
+    buckets: dict[str, int] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TableLayout:
+    """Where each table lies in the shared id space."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Rows of all tables together: the height of one embedding matrix."""
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True)
+class SequenceSpec:
+    """One sequence as a model sees it."""
+
+    name: str
+    event: str
+    fields: tuple[str, ...]
+    max_length: int
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Everything a model needs to know about its batches."""
+
+    tables: TableLayout
+    categorical: tuple[str, ...]
+    numeric: tuple[str, ...]
+    sequences: tuple[SequenceSpec, ...]
+    domains: tuple[str, ...]
+    objectives: tuple[str, ...]
+
+
+class FeatureEncoder:
+    """Encodes record batches of the examples stream; one instance per (schema, features, objectives).
+
+    `features` and `objectives` select subsets by name (None = all). Raises ConfigError on a name or table that the
+    schema does not have.
+    """
+
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        features: Sequence[str] | None = None,
+        tables: TablesConfig | None = None,
+        objectives: Sequence[str] | None = None,
+    ) -> None:
+        try:
+            chosen = {f.name for f in schema.project(None if features is None else tuple(features))}
+        except ValueError as error:
+            raise ConfigError(f"features: {error}") from None
+        names = schema.objective_names if objectives is None else tuple(objectives)
+        if unknown := set(names) - set(schema.objective_names):
+            known = ", ".join(schema.objective_names)
+            raise ConfigError(f"objectives: schema '{schema.name}' has no {sorted(unknown)}; known: {known}")
+        self.schema = schema
+        self._categorical = tuple(f for f in schema.categorical if f.name in chosen)
+        self._numeric = tuple(f for f in schema.numeric if f.name in chosen)
+        self._sequences = tuple(f for f in schema.sequences if f.name in chosen)
+        self._indicators = tuple(i for i, f in enumerate(self._numeric) if f.nullable)
+        layout = self._layout(tables or TablesConfig())
+        place = {name: i for i, name in enumerate(layout.names)}
+        self._cat_tables = _Tables(layout, [place[f.table_name] for f in self._categorical])
+        self._seq_tables = {s.name: _Tables(layout, [place[f.table_name] for f in s.fields]) for s in self._sequences}
+        self._scaler = _Scaler(self._numeric)
+        missing = tuple(f"{self._numeric[i].name}.missing" for i in self._indicators)
+        self.spec = InputSpec(
+            tables=layout,
+            categorical=tuple(f.name for f in self._categorical),
+            numeric=(*(f.name for f in self._numeric), *missing),
+            sequences=tuple(
+                SequenceSpec(s.name, s.event, tuple(f.name for f in s.fields), s.max_length) for s in self._sequences
+            ),
+            domains=schema.domains,
+            objectives=names,
+        )
+
+    def _layout(self, tables: TablesConfig) -> TableLayout:
+        known = {f.table_name for f in self.schema.categorical}
+        known |= {f.table_name for s in self.schema.sequences for f in s.fields}
+        if unknown := set(tables.buckets) - known:
+            raise ConfigError(f"tables.buckets: no table {sorted(unknown)}; known: {', '.join(sorted(known))}")
+        used = dict.fromkeys(f.table_name for f in self._categorical)
+        used |= dict.fromkeys(f.table_name for s in self._sequences for f in s.fields)
+        sizes = tuple(tables.buckets.get(name, tables.default_buckets) for name in used)
+        if small := [n for n, size in zip(used, sizes, strict=True) if not 2 <= size <= 2**31]:
+            raise ConfigError(f"tables.buckets.{small[0]}: a table has 2 to 2^31 buckets")
+        offsets = tuple(int(x) for x in np.cumsum([0, *sizes])[:-1])
+        return TableLayout(tuple(used), sizes, offsets)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the examples that `encode` reads."""
+        sequences = [s.column(f) for s in self._sequences for f in [*(f.name for f in s.fields), "time"]]
+        features = [*(f.name for f in self._categorical), *(f.name for f in self._numeric), *sequences]
+        return ("event_time", "ingest_time", "domain", *features, *self.spec.objectives)
+
+    def encode(self, batch: pa.RecordBatch, rows: np.ndarray | slice | None = None) -> Batch:
+        """Encode all rows, a slice, or the rows whose indices (or boolean mask) are given, in that order.
+
+        Raises Poison("domain") on a domain outside the schema and Poison("sequence") on fields of unequal length.
+        """
+        batch = _select(batch, rows)
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+        event_time_ms_B = _fixed(columns["event_time"], np.int64)
+        labels_BK, mask_BK = self._labels(columns, batch.num_rows)
+        return Batch(
+            cat_BC=torch.from_numpy(self._ids(columns, batch.num_rows)),
+            num_BN=torch.from_numpy(self._numbers(columns, batch.num_rows)),
+            seqs={s.name: self._sequence(s, columns, event_time_ms_B) for s in self._sequences},
+            labels_BK=torch.from_numpy(labels_BK),
+            label_mask_BK=torch.from_numpy(mask_BK),
+            domain_B=torch.from_numpy(self._domain(columns["domain"])),
+            event_time_ms_B=event_time_ms_B,
+            ingest_time_ms_B=_fixed(columns["ingest_time"], np.int64),
+        )
+
+    def _ids(self, columns: dict[str, Any], num_rows: int) -> np.ndarray:
+        values_CB = np.zeros((len(self._categorical), num_rows), np.uint64)
+        valid_CB = np.ones(values_CB.shape, bool)
+        for i, feature in enumerate(self._categorical):
+            _read_values(columns[feature.name], values_CB[i], valid_CB[i])
+        return self._cat_tables.ids(values_CB, valid_CB)
+
+    def _numbers(self, columns: dict[str, Any], num_rows: int) -> np.ndarray:
+        num_NB = np.zeros((len(self.spec.numeric), num_rows), np.float32)
+        for i, feature in enumerate(self._numeric):
+            num_NB[i] = _fixed(columns[feature.name], np.float32)
+        count = len(self._numeric)
+        self._scaler.scale(num_NB[:count])
+        for j, i in enumerate(self._indicators):
+            column = columns[self._numeric[i].name]
+            if column.null_count:
+                missing_B = ~_validity(column)
+                num_NB[i][missing_B] = 0.0
+                num_NB[count + j] = missing_B
+        return np.ascontiguousarray(num_NB.T)
+
+    def _sequence(
+        self, sequence: SequenceFeature, columns: dict[str, Any], event_time_ms_B: np.ndarray
+    ) -> JaggedSequence:
+        times = columns[sequence.column("time")]
+        offsets = _fixed(times.offsets, np.int32)
+        first, last = int(offsets[0]), int(offsets[-1])
+        offsets = offsets - offsets[0]
+        values_FT = np.zeros((len(sequence.fields), last - first), np.uint64)
+        valid_FT = np.ones(values_FT.shape, bool)
+        for i, field in enumerate(sequence.fields):
+            column = columns[sequence.column(field.name)]
+            own = _fixed(column.offsets, np.int32)
+            if not np.array_equal(own - own[0], offsets):
+                detail = f"'{sequence.column(field.name)}' and '{sequence.column('time')}' differ in length"
+                raise Poison("sequence", detail)
+            _read_values(column.values.slice(int(own[0]), last - first), values_FT[i], valid_FT[i])
+        past_ms_T = _fixed(times.values.slice(first, last - first), np.int64)
+        age_ms_T = np.repeat(event_time_ms_B, np.diff(offsets)) - past_ms_T
+        age_s_T = (np.maximum(age_ms_T, 0) / 1000.0).astype(np.float32)
+        ids_TF = self._seq_tables[sequence.name].ids(values_FT, valid_FT)
+        return JaggedSequence(torch.from_numpy(ids_TF), torch.from_numpy(offsets), torch.from_numpy(age_s_T))
+
+    def _labels(self, columns: dict[str, Any], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        labels_BK = np.zeros((num_rows, len(self.spec.objectives)), np.float32)
+        mask_BK = np.ones(labels_BK.shape, bool)
+        for k, name in enumerate(self.spec.objectives):
+            column = columns[name]
+            labels_BK[:, k] = _fixed(column, np.int8)
+            if column.null_count:
+                mask_BK[:, k] = _validity(column)
+                labels_BK[~mask_BK[:, k], k] = 0.0
+        return labels_BK, mask_BK
+
+    def _domain(self, column: Any) -> np.ndarray:
+        known = {name: i for i, name in enumerate(self.schema.domains)}
+        names = column.dictionary.to_pylist()
+        index = np.array([known.get(name, -1) for name in names] or [-1], np.int64)
+        domain_B = index[_fixed(column.indices, np.int32)]
+        if domain_B.size and domain_B.min() < 0:
+            unknown = sorted(str(n) for n in names if n not in known)
+            raise Poison("domain", f"not in the schema: {unknown[:3]}; known: {', '.join(self.schema.domains)}")
+        return domain_B
+
+
+class _Tables:
+    """Hashes one group of columns, each into its own table, with one pass over all of them."""
+
+    def __init__(self, layout: TableLayout, tables: list[int]) -> None:
+        seeds = [xxhash.xxh64_intdigest(layout.names[t].encode()) for t in tables]
+        self._seeds = np.array(seeds, np.uint64)[:, None]
+        self._buckets = np.array([layout.sizes[t] - 1 for t in tables], np.uint64)[:, None]
+        self._offsets = np.array([layout.offsets[t] for t in tables], np.int64)[:, None]
+
+    def ids(self, values_CB: np.ndarray, valid_CB: np.ndarray) -> np.ndarray:
+        """Ids in the shared space, (B, C) int64, of the values (C, B) uint64; invalid ones get local id 0."""
+        local_CB = (splitmix64(values_CB ^ self._seeds) % self._buckets).astype(np.int64) + 1
+        local_CB *= valid_CB
+        local_CB += self._offsets
+        return np.ascontiguousarray(local_CB.T)
+
+
+class _Scaler:
+    """The numeric transforms of all columns at once, in place on (N, B)."""
+
+    def __init__(self, features: tuple[NumericFeature, ...]) -> None:
+        self._log = np.array([i for i, f in enumerate(features) if f.transform == "log1p"], np.intp)
+        self._mean = np.array([f.mean for f in features], np.float32)[:, None]
+        self._std = np.array([f.std for f in features], np.float32)[:, None]
+
+    def scale(self, num_NB: np.ndarray) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):  # the slots of nulls hold anything
+            if self._log.size:
+                num_NB[self._log] = np.log1p(np.maximum(num_NB[self._log], 0.0))
+            num_NB -= self._mean
+            num_NB /= self._std
+            np.clip(num_NB, -NUMERIC_LIMIT, NUMERIC_LIMIT, out=num_NB)
+
+
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """The splitmix64 finalizer (Steele et al., OOPSLA 2014) of an uint64 array, wrapping."""
+    x = values + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _select(batch: pa.RecordBatch, rows: np.ndarray | slice | None) -> pa.RecordBatch:
+    if rows is None:
+        return batch
+    if isinstance(rows, slice):
+        start, stop, step = rows.indices(batch.num_rows)
+        if step == 1:
+            return batch.slice(start, max(0, stop - start))
+        rows = np.arange(start, stop, step)
+    if rows.dtype == bool:
+        rows = np.flatnonzero(rows)
+    return batch.take(pa.array(rows, pa.int64()))
+
+
+def _fixed(column: Any, dtype: Any) -> np.ndarray:
+    """The values buffer of a fixed-width column without a copy; undefined where null."""
+    data = column.buffers()[1]
+    if data is None or len(column) == 0:
+        return np.zeros(len(column), dtype)
+    return np.frombuffer(data, dtype, count=len(column), offset=column.offset * np.dtype(dtype).itemsize)
+
+
+def _validity(column: Any) -> np.ndarray:
+    """True where the column is not null; the column must have nulls."""
+    bits = np.unpackbits(np.frombuffer(column.buffers()[0], np.uint8), bitorder="little")
+    return bits[column.offset : column.offset + len(column)].astype(bool)
+
+
+def _read_values(column: Any, values: np.ndarray, valid: np.ndarray) -> None:
+    """64-bit values of an id column into `values`; strings by the hash of each dictionary entry."""
+    if column.null_count:
+        valid[:] = _validity(column)
+    if not isinstance(column, pa.DictionaryArray):
+        values[:] = _fixed(column, np.int64).view(np.uint64)
+        return
+    hashes = [xxhash.xxh64_intdigest(word.encode()) for word in column.dictionary.to_pylist()]
+    if not hashes:
+        return
+    index = _fixed(column.indices, np.int32)
+    if column.null_count:
+        index = np.where(valid, index, 0)
+    values[:] = np.array(hashes, np.uint64)[index]
