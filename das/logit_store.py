@@ -9,7 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, cast
+
+import redis
+from redis.commands.core import Script
 
 from das.errors import ConfigError, Fatal
 from das.redis_client import RedisConfig, connect, errors_named
@@ -87,13 +91,23 @@ class LogitStore:
         if not ttl_s >= 0.001:
             raise ConfigError(f"the time to live of logits must be positive, not {ttl_s} s")
         self.address = config.address
+        self._config = config
         self.topic = topic
         self.teacher = teacher
         self._ttl_ms = int(ttl_s * 1000)
-        self._client = connect(config)
-        self._put = self._client.register_script(_PUT)
-        self._acquire = self._client.register_script(_ACQUIRE)
         self._epochs: dict[int, int] = {}
+
+    @cached_property
+    def _client(self) -> redis.Redis:
+        return connect(self._config)
+
+    @cached_property
+    def _put(self) -> Script:
+        return self._client.register_script(_PUT)
+
+    @cached_property
+    def _acquire(self) -> Script:
+        return self._client.register_script(_ACQUIRE)
 
     def block_key(self, partition: int, offset: int) -> str:
         """The key of one block."""
@@ -143,7 +157,8 @@ class LogitStore:
         """`fetch` for several partitions, in one round trip; each partition is a consistent view of its own."""
         with errors_named(self.address), self._client.pipeline(transaction=False) as pipeline:
             for partition, wanted in offsets.items():
-                pipeline.mget([self.watermark_key(partition), *(self.block_key(partition, o) for o in wanted)])
+                keys = [self.watermark_key(partition), *(self.block_key(partition, o) for o in wanted)]
+                pipeline.execute_command("MGET", *keys)
             replies = cast(list[list[bytes | None]], pipeline.execute())
         return {
             partition: Fetched(_watermark(reply[0]), reply[1:])
@@ -155,14 +170,12 @@ class LogitStore:
         return self.fetch(partition, ()).watermark
 
     def check(self) -> list[Finding]:
-        """Look at the server's settings before relying on it.
+        """Look at the settings of the server (of one node of a cluster) before relying on it.
 
         Raises ConfigError where logits would vanish silently; returns warnings for the rest.
         """
         with errors_named(self.address):
-            memory = cast(dict, self._client.info("memory"))
-            persistence = cast(dict, self._client.info("persistence"))
-            evicted = cast(dict, self._client.info("stats")).get("evicted_keys", 0)
+            memory, persistence, stats = (cast(dict, self._client.info(s)) for s in ("memory", "persistence", "stats"))
         policy = memory.get("maxmemory_policy", "noeviction")
         if memory.get("maxmemory", 0) > 0 and policy != "noeviction":
             raise ConfigError(
@@ -173,13 +186,14 @@ class LogitStore:
         if not persistence.get("aof_enabled", 0):
             text = "the append-only file is off: a restart loses logits, and students train on labels alone for them"
             findings.append(Finding("warning", f"redis at {self.address}: {text}; run: CONFIG SET appendonly yes"))
-        if evicted:
+        if evicted := stats.get("evicted_keys", 0):
             findings.append(Finding("warning", f"redis at {self.address}: {evicted} keys were evicted since its start"))
         return findings
 
     def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
+        """Close the connections, if there are any."""
+        if "_client" in self.__dict__:
+            self._client.close()
 
 
 def _watermark(raw: bytes | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 from urllib.parse import urlsplit
 
 import redis
@@ -28,6 +29,8 @@ class RedisConfig(Config):
     """A file with the password of the (ACL) user, and nothing else."""
     socket_timeout_s: float = Field(2.0, gt=0, le=60)
     """The longest wait for one answer, and for a connection."""
+    cluster: bool = False
+    """Whether url names a node of a Redis Cluster; the others are found through it."""
     options: dict[str, str | int | bool] = Field(default_factory=dict)
     """Passed to redis-py: ssl_* (ssl_ca_certs, ssl_certfile, ssl_keyfile ...), username, client_name and the like."""
 
@@ -59,14 +62,18 @@ class RedisConfig(Config):
 
 
 def connect(config: RedisConfig) -> redis.Redis:
-    """A client that connects at its first call. Raises ConfigError if the password file cannot be read."""
+    """A client; it connects at its first call, for a cluster now. Raises ConfigError on an unreadable password file.
+
+    A cluster's client is returned as the plain one: their commands are the same, but MGET and MSET in a pipeline.
+    """
     options: dict = dict(config.options)
     if config.password_file is not None:
         try:
             options["password"] = config.password_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"redis.password_file: {error}") from None
-    return redis.Redis.from_url(
+    kind = cast(type[redis.Redis], redis.RedisCluster) if config.cluster else redis.Redis
+    return kind.from_url(
         config.url,
         socket_timeout=config.socket_timeout_s,
         socket_connect_timeout=config.socket_timeout_s,
@@ -83,13 +90,13 @@ def errors_named(address: str) -> Iterator[None]:
         yield
     except (redis.AuthenticationError, redis.exceptions.AuthorizationError) as error:
         raise Fatal(f"redis at {address} refused our user: {error}; set username and password_file") from error
-    except (redis.ConnectionError, redis.TimeoutError) as error:
+    except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.RedisClusterException) as error:
         raise Retryable(f"redis at {address} is away: {error}") from error
     except redis.OutOfMemoryError as error:
         raise Retryable(
             f"redis at {address} is full (maxmemory): {error}; raise maxmemory or shorten the TTL"
         ) from error
-    except (redis.ReadOnlyError, redis.exceptions.ClusterDownError, redis.exceptions.TryAgainError) as error:
+    except (redis.ReadOnlyError, redis.exceptions.ClusterError, redis.exceptions.TryAgainError) as error:
         raise Retryable(f"redis at {address} cannot take this now: {error}") from error
     except redis.ResponseError as error:
         kind = Retryable if str(error).startswith(_BUSY) else Fatal
