@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 from urllib.parse import urlsplit
 
 import redis
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from das.config import Config
 from das.errors import ConfigError, Fatal, Retryable
 
-OPTIONS = frozenset({"username", "db", "client_name", "protocol", "socket_keepalive", "health_check_interval"})
+TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+TLS_OPTIONS = frozenset({*TLS_FILES, "ssl_cert_reqs", "ssl_check_hostname", "ssl_ciphers"})
+OPTIONS = frozenset({"username", "db", "client_name", "protocol", "health_check_interval"})
 _BUSY = ("OOM ", "MISCONF ", "NOREPLICAS ", "BUSY ", "UNKILLABLE ")
 
 
@@ -32,7 +34,7 @@ class RedisConfig(Config):
     cluster: bool = False
     """Whether url names a node of a Redis Cluster; the others are found through it."""
     options: dict[str, str | int | bool] = Field(default_factory=dict)
-    """Passed to redis-py: ssl_* (ssl_ca_certs, ssl_certfile, ssl_keyfile ...), username, client_name and the like."""
+    """Passed to redis-py: username, client_name, ssl_ca_certs, ssl_certfile, ssl_keyfile and the like."""
 
     @field_validator("url")
     @classmethod
@@ -46,13 +48,15 @@ class RedisConfig(Config):
             raise ValueError("move what follows the '?' to options")
         return url
 
-    @field_validator("options")
-    @classmethod
-    def _known_options(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
-        unknown = [o for o in options if o not in OPTIONS and not (o.startswith("ssl_") and o != "ssl_password")]
+    @model_validator(mode="after")
+    def _known_options(self) -> Self:
+        known = OPTIONS | TLS_OPTIONS if self.url.startswith("rediss:") else OPTIONS
+        unknown = sorted(self.options.keys() - known)
+        if unknown and TLS_OPTIONS.issuperset(unknown):
+            raise ValueError(f"options {unknown} need a url that starts with rediss://")
         if unknown:
-            raise ValueError(f"{sorted(unknown)} cannot be set here; known: ssl_*, {', '.join(sorted(OPTIONS))}")
-        return options
+            raise ValueError(f"options {unknown} cannot be set; known: {', '.join(sorted(known))}")
+        return self
 
     @property
     def address(self) -> str:
@@ -62,7 +66,7 @@ class RedisConfig(Config):
 
 
 def connect(config: RedisConfig) -> redis.Redis:
-    """A client; it connects at its first call, for a cluster now. Raises ConfigError on an unreadable password file.
+    """A client; it connects at its first call, for a cluster now. Raises ConfigError on a file that cannot be read.
 
     A cluster's client is returned as the plain one: their commands are the same, but MGET and MSET in a pipeline.
     """
@@ -72,6 +76,9 @@ def connect(config: RedisConfig) -> redis.Redis:
             options["password"] = config.password_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"redis.password_file: {error}") from None
+    for name in TLS_FILES:
+        if name in options and not Path(options[name]).is_file():
+            raise ConfigError(f"redis.options.{name}: no file {options[name]}")
     kind = cast(type[redis.Redis], redis.RedisCluster) if config.cluster else redis.Redis
     return kind.from_url(
         config.url,

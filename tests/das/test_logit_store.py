@@ -48,21 +48,6 @@ def store(redis_url: str, prefix: str) -> Iterator[LogitStore]:
     store.close()
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    """A Redis of the test's own, to be filled, stopped and killed."""
-    server = start_redis(tmp_path / "redis")
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def admin(server: Server) -> Iterator[redis.Redis]:
-    client = redis.Redis.from_url(f"redis://{server.address}/0")
-    yield client
-    client.close()
-
-
 def test_blocks_and_watermark_come_back_in_one_fetch(store: LogitStore) -> None:
     assert store.fetch(0, [0, 5]) == (0, [None, None])
     blocks = {o: block(o) for o in range(3)}
@@ -159,13 +144,13 @@ def test_the_fence_outlives_a_flush_of_the_store(redis_url: str, prefix: str, re
         old.put(0, {1: block(1)}, 2)
 
 
-def test_a_full_store_takes_nothing_of_the_call_and_says_so(server: Server, admin: redis.Redis) -> None:
-    store = store_at(server.address)
+def test_a_full_store_takes_nothing_of_the_call_and_says_so(own_redis: Server, admin: redis.Redis) -> None:
+    store = store_at(own_redis.address)
     admin.config_set("maxmemory", admin.info("memory")["used_memory"] + 500_000)
     size = 50
     first = _fill(store, size)
     assert first > 0
-    with pytest.raises(Retryable, match=f"{server.address} is full"):
+    with pytest.raises(Retryable, match=f"{own_redis.address} is full"):
         store.put(0, {o: block(o) for o in range(first, first + size)}, first + size)
     assert store.watermark(0) == first
     assert store.fetch(0, range(first, first + size)).blocks == [None] * size
@@ -184,22 +169,22 @@ def _fill(store: LogitStore, size: int) -> int:
     raise AssertionError("the store never filled up")
 
 
-def test_a_killed_store_is_retryable_and_named(server: Server) -> None:
-    store = store_at(server.address)
+def test_a_killed_store_is_retryable_and_named(own_redis: Server) -> None:
+    store = store_at(own_redis.address)
     store.put(0, {0: block(0)}, 1)
-    server.process.kill()
-    server.process.wait()
+    own_redis.process.kill()
+    own_redis.process.wait()
     for call in (lambda: store.put(0, {1: block(1)}, 2), lambda: store.fetch(0, [0]), store.check):
-        with pytest.raises(Retryable, match=f"redis at {server.address} is away"):
+        with pytest.raises(Retryable, match=f"redis at {own_redis.address} is away"):
             call()
 
 
-def test_a_store_restarted_with_its_file_goes_on(server: Server, tmp_path: Path, admin: redis.Redis) -> None:
-    store = store_at(server.address)
+def test_a_store_restarted_with_its_file_goes_on(own_redis: Server, tmp_path: Path, admin: redis.Redis) -> None:
+    store = store_at(own_redis.address)
     store.put(0, {0: block(0)}, 1)
-    server.process.kill()
-    server.process.wait()
-    again = start_redis(tmp_path / "redis", int(server.address.rpartition(":")[2]))
+    own_redis.process.kill()
+    own_redis.process.wait()
+    again = start_redis(tmp_path / "redis", int(own_redis.address.rpartition(":")[2]))
     try:
         assert store.put(0, {0: block(0), 1: block(1)}, 2) == PutResult(written=1, identical=1, refused=0)
     finally:
@@ -212,17 +197,17 @@ def test_a_forgotten_script_is_loaded_again(store: LogitStore, redis_client: red
     assert store.put(0, {0: block(0)}, 2).written == 1
 
 
-def test_a_stalled_store_costs_one_timeout(server: Server) -> None:
-    store = store_at(server.address, socket_timeout_s=0.3)
+def test_a_stalled_store_costs_one_timeout(own_redis: Server) -> None:
+    store = store_at(own_redis.address, socket_timeout_s=0.3)
     store.put(0, {}, 1)
-    server.process.send_signal(signal.SIGSTOP)
+    own_redis.process.send_signal(signal.SIGSTOP)
     try:
         began = time.monotonic()
         with pytest.raises(Retryable, match="is away"):
             store.put(0, {0: block(0)}, 2)
         assert time.monotonic() - began < 1.0
     finally:
-        server.process.send_signal(signal.SIGCONT)
+        own_redis.process.send_signal(signal.SIGCONT)
     assert sum(store.put(0, {0: block(0)}, 2)) == 1  # stored or not the first time: repeating is safe
     assert store.fetch(0, [0]) == (2, [block(0)])
 
@@ -299,8 +284,8 @@ def _answers(node: redis.Redis) -> bool:
         return False
 
 
-def test_memory_per_event_is_within_the_budget(server: Server, admin: redis.Redis) -> None:
-    store, num_blocks, rows = store_at(server.address), 4096, 256
+def test_memory_per_event_is_within_the_budget(own_redis: Server, admin: redis.Redis) -> None:
+    store, num_blocks, rows = store_at(own_redis.address), 4096, 256
     store.put(0, {}, 1)
     before = admin.info("memory")["used_memory"]
     for first in range(1_000_000, 1_000_000 + num_blocks, 128):
@@ -310,8 +295,8 @@ def test_memory_per_event_is_within_the_budget(server: Server, admin: redis.Redi
     assert admin.memory_usage(store.block_key(0, 1_000_000)) / rows <= 6
 
 
-def test_an_evicting_policy_is_refused_at_start(server: Server, admin: redis.Redis) -> None:
-    store = store_at(server.address)
+def test_an_evicting_policy_is_refused_at_start(own_redis: Server, admin: redis.Redis) -> None:
+    store = store_at(own_redis.address)
     assert store.check() == []
     admin.config_set("maxmemory-policy", "allkeys-lru")
     assert store.check() == []  # harmless without a limit
@@ -330,8 +315,8 @@ def test_a_store_without_persistence_is_warned_about(tmp_path: Path) -> None:
     assert "appendonly yes" in finding.text
 
 
-def test_evicted_keys_are_warned_about(server: Server, admin: redis.Redis) -> None:
-    store = store_at(server.address)
+def test_evicted_keys_are_warned_about(own_redis: Server, admin: redis.Redis) -> None:
+    store = store_at(own_redis.address)
     store.put(0, {o: block(o) for o in range(100)}, 100)
     admin.config_set("maxmemory-policy", "allkeys-lru")
     admin.config_set("maxmemory", 1)
@@ -340,50 +325,6 @@ def test_evicted_keys_are_warned_about(server: Server, admin: redis.Redis) -> No
     admin.config_set("maxmemory", 0)
     (finding,) = store.check()
     assert "keys were evicted" in finding.text
-
-
-def test_the_password_is_used_and_never_printed(server: Server, admin: redis.Redis, tmp_path: Path) -> None:
-    secret, file = "s3cret-word", tmp_path / "password"
-    admin.config_set("requirepass", secret)
-    file.write_text(secret + "\n")
-    right = RedisConfig(url=f"redis://{server.address}/0", password_file=file)
-    assert secret not in repr(right)
-    assert LogitStore(right, topic="t", teacher="m", ttl_s=1).put(0, {0: block(0)}, 1).written == 1
-    file.write_text(secret[::-1])
-    for config in (right, RedisConfig(url=f"redis://{server.address}/0")):
-        with pytest.raises(Fatal, match="set username and password_file") as error:
-            LogitStore(config, topic="t", teacher="m", ttl_s=1).watermark(0)
-        assert secret not in str(error.value)
-        assert secret[::-1] not in str(error.value)
-
-
-def test_a_missing_password_file_is_a_config_error(tmp_path: Path) -> None:
-    config = RedisConfig(url="redis://127.0.0.1:1/0", password_file=tmp_path / "absent")
-    with pytest.raises(ConfigError, match=r"redis\.password_file"):
-        LogitStore(config, topic="t", teacher="m", ttl_s=1).watermark(0)
-
-
-@pytest.mark.parametrize(
-    ("config", "fix"),
-    [
-        ({"url": "http://x"}, "start it with redis://"),
-        ({"url": "redis://user:pw@x:1/0"}, "password_file"),
-        ({"url": "redis://x/0?socket_timeout=900"}, "move what follows"),
-        ({"options": {"retry_on_timeout": True}}, "cannot be set here"),
-        ({"options": {"ssl_password": "pw"}}, "cannot be set here"),
-        ({"socket_timeout_s": 0}, "greater than 0"),
-    ],
-)
-def test_a_config_that_would_leak_or_hang_is_refused(config: dict[str, object], fix: str) -> None:
-    with pytest.raises(ConfigError, match=fix) as error:
-        RedisConfig.parse(config)
-    assert "pw" not in str(error.value)
-
-
-def test_tls_settings_reach_the_client(tmp_path: Path) -> None:
-    config = RedisConfig(url=f"rediss://{HOST}:1/0", options={"ssl_ca_certs": str(tmp_path / "ca.pem")})
-    with pytest.raises(Retryable, match=f"redis at {HOST}:1 is away"):
-        LogitStore(config, topic="t", teacher="m", ttl_s=1).watermark(0)
 
 
 @pytest.mark.parametrize(
