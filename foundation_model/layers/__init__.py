@@ -1,0 +1,1 @@
+"""Kunlun's mechanisms, one per file."""

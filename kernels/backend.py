@@ -1,0 +1,60 @@
+"""Backends are asked for, never guessed: only "auto" may choose, and it says once what it chose."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeVar, get_args
+
+import torch
+
+Backend = Literal["triton", "reference", "auto"]
+F = TypeVar("F", bound=Callable[..., torch.Tensor])
+_logger = logging.getLogger(__name__)
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run this op on this device; the message says what to ask for instead."""
+
+
+def choose_backend(backend: Backend, *, op: str, device: torch.device, implementations: Mapping[str, F]) -> F:
+    """The implementation of `op` that runs on `device`.
+
+    Args:
+        backend: "reference" and "triton" give exactly that; "auto" prefers Triton where it runs.
+        op: name for messages.
+        device: where the op's tensors are.
+        implementations: by backend; "reference" is always there, "triton" once the op has Triton kernels.
+
+    Raises:
+        BackendUnavailable: "triton" was asked for and the op has no Triton kernels or the device cannot run them.
+        ValueError: `backend` is none of the three words.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"{op}: unknown backend '{backend}'; use one of {', '.join(get_args(Backend))}")
+    problem = _triton_problem(device, implementations)
+    if backend == "triton" and problem:
+        raise BackendUnavailable(f"{op}: backend 'triton' is not available: {problem}; use 'auto' or 'reference'")
+    chosen = backend if backend != "auto" else "reference" if problem else "triton"
+    if backend == "auto":
+        _log_choice(op, device.type, chosen, problem)
+    return implementations[chosen]
+
+
+def _triton_problem(device: torch.device, implementations: Mapping[str, F]) -> str:
+    """Why Triton cannot run here; empty if it can."""
+    if "triton" not in implementations:
+        return "the op has no Triton kernels"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return ""
+
+
+@functools.cache
+def _log_choice(op: str, device_type: str, chosen: str, problem: str) -> None:
+    """Log one choice; the cache makes it once per op and device type."""
+    _logger.info("%s on %s: backend '%s'%s", op, device_type, chosen, f" ({problem})" if problem else "")

@@ -1,0 +1,118 @@
+"""The public call of GDPA: checks, then the backend that was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from kernels.backend import Backend, choose_backend
+from kernels.gdpa.reference import ACTIVATION_FUNCTIONS, gdpa_reference
+from kernels.jagged import check_offsets
+
+ACTIVATIONS = tuple(ACTIVATION_FUNCTIONS)
+_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": gdpa_reference}
+
+
+def gdpa(
+    q_THD: Tensor,
+    q_offsets: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_offsets: Tensor | None = None,
+    activation: str | Sequence[str] = "gelu_tanh",
+    inner_scale: float | None = None,
+    outer_scale: float = 1.0,
+    window: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`act(inner_scale Q K^T) outer_scale V` per example and head; no softmax (Kunlun, arXiv 2602.10016).
+
+    With `k` and `v` made from context this is a feed-forward network whose weights differ per example. An example
+    without queries gives no rows, and its keys and values get zero gradients.
+
+    Args:
+        q_THD: queries of all examples, [T, H, D].
+        q_offsets: int32 [B + 1]; the rows of example b are q_offsets[b] : q_offsets[b + 1].
+        k: keys, dense [B, N, H, D], or jagged [S, H, D] with `kv_offsets`.
+        v: values, of k's shape.
+        kv_offsets:
+            int32 [B + 1] of jagged keys and values. Default: None, dense.
+        activation:
+            one of ACTIVATIONS, or one per head. Default: "gelu_tanh".
+        inner_scale:
+            factor inside the activation. Default: None, 1 / sqrt(D).
+        outer_scale:
+            factor after the activation. Default: 1.
+        window:
+            only pairs with |i - j| <= window count, i and j the row numbers within the example; for self-attention,
+            so jagged keys only. Default: None, all pairs.
+        backend:
+            "triton", "reference" or "auto".
+
+    Returns:
+        [T, H, D], of q's dtype.
+
+    Raises:
+        ValueError: shapes, offsets, scales or an activation do not fit.
+        BackendUnavailable: "triton" was asked for and cannot run here.
+
+    Example:
+        >>> q, k = torch.randn(5, 2, 8), torch.randn(2, 16, 2, 8)
+        >>> gdpa(q, torch.tensor([0, 3, 5], dtype=torch.int32), k, torch.randn_like(k)).shape
+        torch.Size([5, 2, 8])
+    """
+    _check(q_THD, q_offsets, k, v, kv_offsets, activation, window)
+    run = choose_backend(backend, op="gdpa", device=q_THD.device, implementations=_IMPLEMENTATIONS)
+    return run(
+        q_THD,
+        q_offsets,
+        k,
+        v,
+        kv_offsets=kv_offsets,
+        activation=activation,
+        inner_scale=1.0 / math.sqrt(q_THD.shape[-1]) if inner_scale is None else inner_scale,
+        outer_scale=outer_scale,
+        window=window,
+    )
+
+
+def _check(
+    q_THD: Tensor,
+    q_offsets: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_offsets: Tensor | None,
+    activation: str | Sequence[str],
+    window: int | None,
+) -> None:
+    if q_THD.dim() != 3:
+        raise ValueError(f"gdpa: q must be (T, H, D), got {tuple(q_THD.shape)}")
+    check_offsets("gdpa: q_offsets", q_offsets, len(q_THD))
+    num_heads, width = q_THD.shape[1:]
+    dims = 4 if kv_offsets is None else 3
+    if k.dim() != dims or k.shape != v.shape or tuple(k.shape[-2:]) != (num_heads, width):
+        layout = "(B, N, H, D)" if kv_offsets is None else "(S, H, D)"
+        raise ValueError(
+            f"gdpa: k and v must be {layout} with (H, D) = ({num_heads}, {width}), "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if kv_offsets is None:
+        if len(k) != len(q_offsets) - 1:
+            raise ValueError(f"gdpa: k has {len(k)} examples, q_offsets {len(q_offsets) - 1}")
+        if window is not None:
+            raise ValueError("gdpa: a window needs jagged keys; pass kv_offsets or leave the window out")
+    else:
+        check_offsets("gdpa: kv_offsets", kv_offsets, len(k))
+        if kv_offsets.shape != q_offsets.shape:
+            raise ValueError(f"gdpa: {len(kv_offsets)} kv_offsets for {len(q_offsets)} q_offsets")
+    if window is not None and window < 0:
+        raise ValueError(f"gdpa: window must be >= 0, got {window}")
+    names = [activation] if isinstance(activation, str) else list(activation)
+    if not isinstance(activation, str) and len(names) != num_heads:
+        raise ValueError(f"gdpa: {len(names)} activations for {num_heads} heads; give one, or one per head")
+    for name in names:
+        if name not in ACTIVATION_FUNCTIONS:
+            raise ValueError(f"gdpa: unknown activation '{name}'; known: {', '.join(ACTIVATIONS)}")
