@@ -1,0 +1,247 @@
+"""A student's life on the stream: read, attach logits, predict, train, save; exactly once in effect.
+
+A snapshot holds the model after exactly the rows before its positions, and on start the stream is read from there.
+What the broker stores as committed is for lag displays only.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from das.example_source import ExampleMessage
+
+from das import fault
+from das.deadline import Deadline
+from das.errors import Fatal, Retryable
+from das.logit_block import LogitBlock
+from das.lookup import LogitLookup
+from das.position import Position, Positions
+from das.telemetry import NullTelemetry, Telemetry
+from vertical_models import checkpoint
+from vertical_models.checkpoint import Resumed
+from vertical_models.results import Ages, write_results
+from vertical_models.row_buffer import RowBuffer, Segment, TrainingBatch, start_row
+from vertical_models.trainer import StudentTrainer
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0
+POLL_MESSAGES = 16
+OUTAGE_S = 300.0
+RETRY_S = 1.0
+GAUGES_EVERY_STEPS = 20
+
+
+class Source(Protocol):
+    """What the loop reads from: `das.example_source.ExampleSource`."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether every partition reached its end of stream and everything before was delivered."""
+
+    def poll(self, timeout_s: float, max_messages: int) -> list[ExampleMessage]:
+        """The next messages, in the merged order."""
+
+    def commit(self, positions: Positions) -> None:
+        """Store the positions for lag displays."""
+
+
+class StudentLoop:
+    """Runs one student until the stream ends or it is asked to stop. One thread."""
+
+    def __init__(
+        self,
+        source: Source,
+        lookup: LogitLookup | None,
+        trainer: StudentTrainer,
+        resumed: Resumed,
+        *,
+        snapshots: Path,
+        results: Path,
+        telemetry: Telemetry | None = None,
+        stop_at_end: bool = True,
+    ) -> None:
+        """`source` starts at `resumed.positions`; `lookup` is None exactly for students that do not read logits.
+
+        `results`: the JSON file written when the stream ends.
+        """
+        assert (lookup is not None) == trainer.config.distillation.reads_logits
+        self._source = source
+        self._lookup = lookup
+        self._trainer = trainer
+        self._snapshots = snapshots
+        self._results = results
+        self._telemetry = telemetry or NullTelemetry()
+        self._stop_at_end = stop_at_end
+        self._buffer = RowBuffer(dict(resumed.positions))
+        self._next = dict(resumed.positions)  # what is read, ahead of what is trained
+        self._misses = resumed.misses
+        self._version = resumed.version
+        self._saved_at: tuple[int, Positions] = (trainer.counts.steps, dict(resumed.positions))
+        self._allowed = set(trainer.student.serving.domains)
+        self._event_to_trained = Ages()
+        self._freshness_gap = Ages()
+        self._rows_here = 0
+        self._began_s = time.monotonic()
+
+    def run(self, stop: threading.Event) -> None:
+        """Train until the stream ends (if `stop_at_end`) or `stop` is set; the last thing done is a snapshot.
+
+        Raises Retryable when the broker stays away, Fatal when going on would train a row twice or never.
+        """
+        batch_rows = self._trainer.config.batch_rows
+        while not stop.is_set():
+            self._fill(stop)
+            while len(self._buffer) >= batch_rows and not stop.is_set():
+                self._step(batch_rows)
+            if self._source.ended and not stop.is_set():
+                self._finish()
+                if self._stop_at_end:
+                    return
+        self._save_if_new()
+
+    @property
+    def positions(self) -> Positions:
+        """The next row to train, per partition."""
+        return dict(self._buffer.positions)
+
+    def _fill(self, stop: threading.Event) -> None:
+        """Read messages and decide, once, which of them have logits."""
+        messages = self._poll(stop)  # 1. read
+        fault.point("student.after_poll")
+        blocks = self._attach(messages)  # 2. attach logits: a bounded wait
+        if stop.is_set():
+            return  # the wait may have been cut short: nothing is decided, and nothing of this is trained
+        fault.point("student.after_lookup")
+        for message, block in zip(messages, blocks, strict=True):
+            self._buffer.add(self._segment(message, block))
+
+    def _step(self, rows: int) -> None:
+        """Train on the next rows, and save when it is time."""
+        item = self._buffer.cut(rows)
+        self._trainer.train(item)  # 3. predict, count, learn
+        fault.point("student.after_step")
+        self._observe(item)
+        steps = self._trainer.counts.steps
+        if steps % GAUGES_EVERY_STEPS == 0:
+            self._gauges()
+        if steps % self._trainer.config.snapshot_every_steps == 0:
+            self._save()
+
+    def _save(self) -> None:
+        """Make what was trained durable; only then tell the broker."""
+        began_s = time.monotonic()
+        self._version += 1
+        positions = self.positions
+        decisions = self._buffer.decisions()
+        checkpoint.save(self._trainer, self._snapshots, self._version, positions, decisions)  # 4. durable
+        fault.point("student.after_snapshot")
+        self._saved_at = (self._trainer.counts.steps, positions)
+        self._telemetry.observe("exfm_snapshot_seconds", time.monotonic() - began_s)
+        self._telemetry.gauge("exfm_snapshot_version", self._version)
+        try:
+            self._source.commit(positions)  # 5. for lag displays
+        except Retryable as error:
+            logger.warning("positions not committed; only lag displays notice: %s", error)
+        fault.point("student.after_commit")
+
+    def _save_if_new(self) -> None:
+        if self._saved_at != (self._trainer.counts.steps, self.positions):
+            self._save()
+
+    def _finish(self) -> None:
+        """End of stream: what is left is one last, smaller batch."""
+        if len(self._buffer):
+            self._step(len(self._buffer))
+        self._save_if_new()
+        self._gauges()
+        write_results(self._results, self.results())
+
+    def _poll(self, stop: threading.Event) -> list[ExampleMessage]:
+        patience = Deadline.after(OUTAGE_S)
+        while not stop.is_set():
+            try:
+                return self._source.poll(POLL_S, POLL_MESSAGES)
+            except Retryable as error:
+                if patience.passed:
+                    raise
+                logger.warning("waiting for the broker, %.0f s left: %s", patience.left_s, error)
+                stop.wait(RETRY_S)
+        return []
+
+    def _attach(self, messages: Sequence[ExampleMessage]) -> Sequence[LogitBlock | None]:
+        if self._lookup is None or not messages:
+            return [None] * len(messages)
+        blocks = self._lookup.attach(messages)
+        keys = [(m.partition, m.offset) for m in messages]
+        return [None if key in self._misses else block for key, block in zip(keys, blocks, strict=True)]
+
+    def _segment(self, message: ExampleMessage, block: LogitBlock | None) -> Segment:
+        """The student's rows of one message that were not trained before."""
+        first = start_row(self._next, message.partition, message.offset)
+        if first < 0:
+            self._telemetry.count("exfm_invariant_violations_total", invariant="once")
+            raise Fatal(
+                f"partition {message.partition} delivered offset {message.offset} again, before "
+                f"{self._next[message.partition]}; its rows were trained already"
+            )
+        self._next[message.partition] = Position(message.offset + 1)
+        rows = self._own_rows(message, first)
+        if not len(rows):
+            return Segment(message.partition, message.offset, [], None, None, block is not None)
+        batch = self._trainer.encoder.encode(message.batch, rows)
+        if block is not None:
+            gap_s = (batch.event_time_ms_B - block.trained_through_ms) / 1000
+            self._freshness_gap.add(gap_s)
+            self._telemetry.observe("exfm_freshness_gap_seconds", float(gap_s.mean()))
+        teacher = self._trainer.targets(block, rows, batch)
+        return Segment(message.partition, message.offset, rows.tolist(), batch, teacher, block is not None)
+
+    def _own_rows(self, message: ExampleMessage, first: int) -> np.ndarray:
+        """Indices of the rows from `first` on whose domain is the student's."""
+        column = message.batch.column("domain")
+        mine = np.array([name in self._allowed for name in column.dictionary.to_pylist()], bool)
+        keep = mine[column.indices.to_numpy()] if len(mine) else np.zeros(message.batch.num_rows, bool)
+        keep[:first] = False
+        return np.flatnonzero(keep)
+
+    def _observe(self, item: TrainingBatch) -> None:
+        age_s = time.time() - item.batch.ingest_time_ms_B / 1000
+        self._event_to_trained.add(age_s)
+        self._telemetry.observe("exfm_event_to_trained_seconds", float(np.median(age_s)))
+        self._rows_here += item.batch.num_rows
+
+    def _gauges(self) -> None:
+        for key, portfolio in self._trainer.summaries().items():
+            recent = {"ne": self._trainer.metrics.recent_ne(key)}
+            for name, value in (portfolio | recent).items():
+                if name != "rows" and value is not None:
+                    self._telemetry.gauge(f"exfm_{name}", value, portfolio=key)
+
+    def results(self) -> dict[str, Any]:
+        """The results of everything trained so far, JSON-ready. Rates and ages are of this life of the process."""
+        trainer, counts = self._trainer, self._trainer.counts
+        rows = counts.rows_total
+        elapsed_s = time.monotonic() - self._began_s
+        reads = trainer.config.distillation.reads_logits
+        return {
+            "name": trainer.config.name,
+            "kind": "student",
+            "arm": trainer.config.arm_name,
+            "rows": rows,
+            "rows_by_domain": dict(zip(trainer.schema.domains, counts.rows.tolist(), strict=True)),
+            "rows_per_s": self._rows_here / elapsed_s if elapsed_s > 0 else None,
+            "steps": counts.steps,
+            "steps_nonfinite": counts.steps_nonfinite,
+            "hit_rate": counts.rows_with_logits / rows if reads and rows else None,
+            "event_to_trained_s": self._event_to_trained.summary(),
+            "freshness_gap_s": self._freshness_gap.summary(),
+            "snapshot_version": self._version,
+            "portfolios": trainer.portfolios(),
+        }
