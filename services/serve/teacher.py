@@ -1,0 +1,57 @@
+"""One verified snapshot as a model that scores impressions."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from foundation_model.trainer import TeacherConfig
+
+from das.examples import JoinedRow, example_batch
+from das.messages import Impression
+from das.schema import FeatureSchema
+from foundation_model.features import FeatureEncoder
+from foundation_model.kunlun import Kunlun
+from foundation_model.snapshot import SnapshotError, read_snapshot
+
+
+@dataclass(frozen=True)
+class LoadedTeacher:
+    """A model in memory, with what identifies its weights."""
+
+    version: int
+    trained_through_ms: int
+    schema: FeatureSchema
+    encoder: FeatureEncoder
+    model: Kunlun
+
+    def score(self, impressions: list[Impression]) -> np.ndarray:
+        """Logits (rows, objectives) float32, the objectives in schema order. Rows do not affect each other."""
+        no_labels = (None,) * len(self.schema.objectives)
+        now_ms = time.time_ns() // 1_000_000
+        rows = [JoinedRow(impression, now_ms, no_labels) for impression in impressions]
+        batch = self.encoder.encode(example_batch(rows, self.schema))
+        with torch.inference_mode():
+            logits_BK: np.ndarray = self.model(batch).float().numpy()
+        return logits_BK
+
+
+def load_teacher(path: Path, schema: FeatureSchema) -> LoadedTeacher:
+    """Build the model of one snapshot directory from its own config.
+
+    Raises SnapshotError when a file does not match its manifest or the snapshot is of another feature schema,
+    ConfigError when its config is not one of this version, RuntimeError when tensors do not fit the model.
+    """
+    snapshot = read_snapshot(path, with_state=False)
+    manifest = snapshot.manifest
+    if manifest.schema_fingerprint != f"{schema.fingerprint:016x}":
+        detail = f"{path} was trained with schema {manifest.schema_fingerprint}, this server has "
+        raise SnapshotError("schema", f"{detail}'{schema.name}' {schema.fingerprint:016x}")
+    config = TeacherConfig.parse(snapshot.config, source=str(path))
+    encoder = FeatureEncoder(schema, tables=config.tables)
+    model = Kunlun(config.model, encoder.spec)
+    model.load_state_dict(snapshot.model)
+    return LoadedTeacher(manifest.version, manifest.trained_through_ms, schema, encoder, model.eval())
