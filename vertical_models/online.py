@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from das.example_source import ExampleMessage
 
 from das import fault
 from das.deadline import Deadline
 from das.errors import Fatal, Retryable
+from das.example_source import ExampleMessage
 from das.logit_block import LogitBlock
 from das.lookup import LogitLookup
 from das.position import Position, Positions

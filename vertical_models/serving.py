@@ -1,9 +1,9 @@
 """The serving graph of a student: what is exported, and all that is. It knows no teacher and no auxiliary head.
 
 Inputs are dense tensors by name, so that any runtime can feed them (manifest.json of an export lists them):
-`cat` int64 (B, C) and `num` float32 (B, N); `domain` int64 (B) if the student serves several domains; per sequence
-`<name>.ids` int64 (B, L, F), `<name>.age_s` float32 (B, L) and `<name>.length` int64 (B), the last `length <= L`
-events, oldest first, then padding.
+`categorical` int64 (B, C) and `numeric` float32 (B, N); `domain` int64 (B) if the student serves several domains;
+per sequence `<name>.ids` int64 (B, L, F), `<name>.age_s` float32 (B, L) and `<name>.length` int64 (B), the last
+`length <= L` events, oldest first, then padding.
 
 Shape legend: B rows, C categorical features, N numeric columns, L events of one sequence, F its fields,
 D embedding width, H backbone width, K objectives.
@@ -39,9 +39,9 @@ def serving_inputs(batch: Batch, spec: InputSpec, domains: tuple[str, ...], hist
     """The inputs of a `ServingModel` for encoded rows; sequences padded to the longest one here, at most `history`."""
     inputs = {}
     if spec.categorical:
-        inputs["cat"] = batch.cat_BC
+        inputs["categorical"] = batch.cat_BC
     if spec.numeric:
-        inputs["num"] = batch.num_BN
+        inputs["numeric"] = batch.num_BN
     if len(domains) > 1:
         inputs["domain"] = batch.domain_B
     for sequence in spec.sequences:
@@ -92,7 +92,7 @@ class SequencePool(nn.Module):
         last_BL = valid_BL * (step_L == length_B[:, None] - 1)
         columns = [torch.log1p(length_B.to(events_BLE.dtype)), (age_BL * last_BL).sum(1)]
         for field, column in self.matches:
-            same_BL = (ids_BLF[..., field] == inputs["cat"][:, column, None]) * valid_BL
+            same_BL = (ids_BLF[..., field] == inputs["categorical"][:, column, None]) * valid_BL
             columns.append(torch.log1p(same_BL.sum(1)))
         return torch.cat([pooled_BE, torch.stack(columns, dim=1)], dim=1)
 
@@ -122,10 +122,10 @@ class ServingModel(nn.Module):
     def represent(self, inputs: dict[str, Tensor]) -> Tensor:
         """The backbone's output, (B, H)."""
         parts = []
-        if "cat" in inputs:
-            parts.append(self.embeddings(inputs["cat"]).flatten(1))
-        if "num" in inputs:
-            parts.append(inputs["num"].clamp(-NUMERIC_LIMIT, NUMERIC_LIMIT))
+        if "categorical" in inputs:
+            parts.append(self.embeddings(inputs["categorical"]).flatten(1))
+        if "numeric" in inputs:
+            parts.append(inputs["numeric"].clamp(-NUMERIC_LIMIT, NUMERIC_LIMIT))
         if self.domain is not None:
             parts.append(self.domain(inputs["domain"]))
         for pool, sequence in zip(self.pools, self.spec.sequences, strict=True):
