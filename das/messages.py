@@ -69,7 +69,8 @@ class MessageCodec:
 
     def __init__(self, schema: FeatureSchema) -> None:
         self.schema = schema
-        self.impression_type = _impression_type(schema)
+        self.features_type = _features_type(schema)
+        self.impression_type = _impression_type(self.features_type)
         self._domains = frozenset(schema.domains)
         self._objectives = frozenset(schema.objective_names)
         self._sequences = tuple((s.name, s.max_length) for s in schema.sequences)
@@ -164,13 +165,17 @@ def _poison(error: ValueError) -> NoReturn:
     raise Poison(reason, f"{path}: {match['text']}"[:MAX_DETAIL_CHARS]) from None
 
 
-def _impression_type(schema: FeatureSchema) -> type[Impression]:
-    """The Impression struct whose `features` follow the schema."""
+def _features_type(schema: FeatureSchema) -> type[msgspec.Struct]:
+    """One attribute per feature: the required ones first, then the nullable ones, each in schema order."""
     required = [(f.name, _annotation(f)) for f in schema.features if not _nullable(f)]
     nullable = [(f.name, _annotation(f) | None, None) for f in schema.features if _nullable(f)]
-    features = msgspec.defstruct(
+    return msgspec.defstruct(
         "Features", [*required, *nullable], frozen=True, forbid_unknown_fields=True, omit_defaults=True
     )
+
+
+def _impression_type(features: type[msgspec.Struct]) -> type[Impression]:
+    """Impression with typed features."""
     return msgspec.defstruct(
         "SchemaImpression", [("features", features)], bases=(Impression,), frozen=True, forbid_unknown_fields=True
     )  # type: ignore[return-value]
