@@ -65,8 +65,8 @@ class FileEntry(Config):
 class Manifest(Config):
     """What a snapshot is and where in the stream its weights stand.
 
-    `positions`: the next row to read, per partition. `trained_through_ms`: the latest event time trained on.
-    `steps`: training steps taken, the version that logit blocks carry. `rows`: rows trained on.
+    `version`: names the directory; a teacher's logit blocks carry it. `positions`: the next row to read, per partition.
+    `trained_through_ms`: the latest event time trained on. `steps`: optimizer steps taken. `rows`: rows trained on.
     """
 
     format: int = FORMAT
