@@ -46,9 +46,10 @@ class JaggedSequence:
     @staticmethod
     def concat(parts: Sequence[JaggedSequence]) -> JaggedSequence:
         """Rows of all parts in order."""
-        shifted = [parts[0].offsets]
+        shifted, end = [parts[0].offsets], len(parts[0].ids_TF)
         for part in parts[1:]:
-            shifted.append(part.offsets[1:] + shifted[-1][-1])
+            shifted.append(part.offsets[1:] + end)
+            end += len(part.ids_TF)
         ids = torch.cat([p.ids_TF for p in parts])
         return JaggedSequence(ids, torch.cat(shifted), torch.cat([p.age_s for p in parts]))
 
