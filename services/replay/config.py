@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -28,12 +28,21 @@ class ReplayConfig(Config):
     """The mapping YAML (see DatasetConfig)."""
     data: Path | None = None
     """The table, in place of the mapping's own `data`."""
-    speed: Literal["max", "realtime"] | float = "max"
-    """`realtime`, a factor (10 is ten times as fast as recorded), or as fast as the pipeline takes it."""
+    speed: Literal["max", "realtime"] | Annotated[float, Field(gt=0)] = "max"
+    """`realtime`, a factor (10 is ten times as fast as recorded), or `max`: as fast as the broker takes it."""
     limit: int | None = Field(None, ge=1)
     """Stop after this many impressions."""
     end_of_stream: bool = True
     """Close every partition with an end-of-stream message, which makes the joiner flush its open windows."""
+    resume: bool = True
+    """Go on after what an earlier run of the same replay left in the topics; other records there are an error."""
     flush_s: float = Field(60.0, gt=0, le=600)
     """How long the last sends may take to be acknowledged."""
     log: ServingLogConfig = ServingLogConfig()
+
+    @property
+    def factor(self) -> float | None:
+        """How many times as fast as recorded; None is unlimited."""
+        if self.speed == "max":
+            return None
+        return 1.0 if self.speed == "realtime" else self.speed
