@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr
 
@@ -28,6 +29,9 @@ class ServeConfig(Config):
     max_concurrent: int = Field(16, ge=1, le=4096)
     deadline_s: float = Field(5.0, gt=0, le=600)
     reload_s: float = Field(2.0, gt=0, le=3600)
+    snapshots: Path | None = None  # the folder to follow; by default that of the run_dir's own teacher
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(1, ge=1, le=1024)  # CPU threads of torch
     grace_s: float = Field(10.0, ge=0, le=600)  # how long a stop waits for requests under way
 
     @property

@@ -12,6 +12,8 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from das.errors import ExfmError
 from das.schema import FeatureSchema
 from das.telemetry import Telemetry
@@ -28,11 +30,12 @@ logger = get_logger(__name__)
 class TeacherSlot:
     """Holds the loaded teacher; `current` is replaced as a whole, so a request sees one version only."""
 
-    def __init__(self, root: Path, schema: FeatureSchema, telemetry: Telemetry) -> None:
+    def __init__(self, root: Path, schema: FeatureSchema, telemetry: Telemetry, device: torch.device) -> None:
         self.current: LoadedTeacher | None = None
         self._root = root
         self._schema = schema
         self._telemetry = telemetry
+        self._device = device
         self._identity: Identity | None = None
         self._refused: set[Identity] = set()
 
@@ -73,7 +76,7 @@ class TeacherSlot:
 
     def _load(self, identity: Identity, path: Path) -> bool:
         try:
-            loaded = load_teacher(path, self._schema)
+            loaded = load_teacher(path, self._schema, self._device)
         except (ExfmError, OSError, ValueError, KeyError, RuntimeError) as error:
             if not path.exists():
                 return False  # pruned while it was read

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 import uvicorn
 
 from das.errors import ConfigError
@@ -22,6 +23,7 @@ from services.serve.config import ServeConfig, load_tokens
 from services.serve.gate import Gate
 from services.serve.reload import TeacherSlot
 from services.serve.scoring import Scorer
+from services.serve.teacher import choose_device
 
 STOP_POLL_S = 0.2
 
@@ -36,14 +38,16 @@ def run_server(
     stop: threading.Event,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve the newest snapshot of `snapshots` until `stop` is set.
+    """Serve the newest snapshot of `snapshots`, or of `config.snapshots` if that is set, until `stop` is set.
 
     `on_ready` is called once, when the first snapshot is loaded. Raises ConfigError when the address cannot be
     listened on, or is not a loopback address and there is no token.
     """
     tokens = load_tokens(config)
+    device = choose_device(config.device)
     listener = _listen(config)
-    slot = TeacherSlot(snapshots, schema, telemetry)
+    torch.set_num_threads(config.threads)
+    slot = TeacherSlot(config.snapshots or snapshots, schema, telemetry, device)
     codec = MessageCodec(schema)
     scorer = Scorer(slot, codec, config)
 
@@ -65,7 +69,7 @@ def run_server(
         )
     )
     host, port = listener.getsockname()[:2]
-    logger.info("listening", address=f"{host}:{port}", token=bool(tokens), snapshots=str(snapshots))
+    logger.info("listening", address=f"{host}:{port}", token=bool(tokens), snapshots=str(config.snapshots or snapshots))
     try:
         asyncio.run(_serve(server, listener, slot, config, stop, on_ready))
     finally:

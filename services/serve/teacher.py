@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from foundation_model.trainer import TeacherConfig
 
+from das.errors import ConfigError
 from das.examples import JoinedRow, example_batch
 from das.messages import Impression
 from das.schema import FeatureSchema
 from foundation_model.features import FeatureEncoder
 from foundation_model.kunlun import Kunlun
 from foundation_model.snapshot import SnapshotError, read_snapshot
+from foundation_model.trainer import TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,29 @@ class LoadedTeacher:
     schema: FeatureSchema
     encoder: FeatureEncoder
     model: Kunlun
+    device: torch.device
 
     def score(self, impressions: list[Impression]) -> np.ndarray:
         """Logits (rows, objectives) float32, the objectives in schema order. Rows do not affect each other."""
         no_labels = (None,) * len(self.schema.objectives)
         now_ms = time.time_ns() // 1_000_000
         rows = [JoinedRow(impression, now_ms, no_labels) for impression in impressions]
-        batch = self.encoder.encode(example_batch(rows, self.schema))
+        batch = self.encoder.encode(example_batch(rows, self.schema)).to(self.device)
         with torch.inference_mode():
-            logits_BK: np.ndarray = self.model(batch).float().numpy()
+            logits_BK: np.ndarray = self.model(batch).float().cpu().numpy()
         return logits_BK
 
 
-def load_teacher(path: Path, schema: FeatureSchema) -> LoadedTeacher:
-    """Build the model of one snapshot directory from its own config.
+def choose_device(name: str) -> torch.device:
+    """The device to score on. Raises ConfigError if a GPU was asked for and there is none."""
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ConfigError("serve.device: cuda, but torch sees no GPU here; set cpu or auto")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def load_teacher(path: Path, schema: FeatureSchema, device: torch.device) -> LoadedTeacher:
+    """Build the model of one snapshot directory from its own config, with the kernels that `device` has.
 
     Raises SnapshotError when a file does not match its manifest or the snapshot is of another feature schema,
     ConfigError when its config is not one of this version, RuntimeError when tensors do not fit the model.
@@ -52,6 +62,8 @@ def load_teacher(path: Path, schema: FeatureSchema) -> LoadedTeacher:
         raise SnapshotError("schema", f"{detail}'{schema.name}' {schema.fingerprint:016x}")
     config = TeacherConfig.parse(snapshot.config, source=str(path))
     encoder = FeatureEncoder(schema, tables=config.tables)
-    model = Kunlun(config.model, encoder.spec)
+    model = Kunlun(config.model.model_copy(update={"backend": "auto"}), encoder.spec)
     model.load_state_dict(snapshot.model)
-    return LoadedTeacher(manifest.version, manifest.trained_through_ms, schema, encoder, model.eval())
+    # Parameters keep requires_grad: without it torch takes paths whose last bits differ from the trainer's forward.
+    model.eval().to(device)
+    return LoadedTeacher(manifest.version, manifest.trained_through_ms, schema, encoder, model, device)
