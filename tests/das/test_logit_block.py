@@ -20,6 +20,7 @@ FIELDS = {
     "schema_fingerprint": 0xFEDC_BA98_7654_3210,
     "message_checksum": 0x0123_4567_89AB_CDEF,
 }
+UNSIGNED, SIGNED = st.integers(0, 2**64 - 1), st.integers(-(2**63), 2**63 - 1)
 GOLDEN = (
     "58464c420100020001000000"  # magic, format, dtype, objectives, rows
     "0700000000000000"  # teacher_version
@@ -50,11 +51,9 @@ def forge(data: bytes, **header: int) -> bytes:
         np.float32, st.tuples(st.integers(0, 40), st.integers(0, 4)), elements=st.floats(-60_000, 60_000, width=32)
     ),
     st.sampled_from(["float16", "float32"]),
-    st.integers(0, 2**64 - 1),
-    st.integers(-(2**63), 2**63 - 1),
+    st.fixed_dictionaries({n: SIGNED if n.startswith("trained") else UNSIGNED for n in FIELDS}),
 )
-def test_what_goes_in_comes_out(logits: np.ndarray, dtype: str, unsigned: int, signed: int) -> None:
-    fields = {name: signed if name.startswith("trained") else unsigned for name in FIELDS}
+def test_what_goes_in_comes_out(logits: np.ndarray, dtype: str, fields: dict[str, int]) -> None:
     block = decode_block(encode_block(logits, dtype=dtype, **fields))
     assert {name: getattr(block, name) for name in FIELDS} == fields
     assert block.logits.dtype == np.float32

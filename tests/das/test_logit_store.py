@@ -131,15 +131,22 @@ def test_a_fenced_writer_can_write_nothing(redis_url: str, prefix: str, redis_cl
     assert zombie.put(1, {0: block(0)}, 1).written == 1, "another partition is another fence"
 
 
+def test_epochs_rise_however_fast_they_are_taken(store: LogitStore) -> None:
+    epochs = [store.acquire(0) for _ in range(200)]
+    assert epochs == sorted(set(epochs))
+
+
 def test_the_fence_outlives_a_flush_of_the_store(redis_url: str, prefix: str, redis_client: redis.Redis) -> None:
     old, new = (LogitStore(RedisConfig(url=redis_url), topic=prefix, teacher="kunlun", ttl_s=TTL_S) for _ in range(2))
     old.acquire(0)
     old.acquire(0)
-    redis_client.flushdb()
-    old.put(0, {0: block(0)}, 1)  # its epoch is in force again
     time.sleep(0.005)
     redis_client.flushdb()
     new.acquire(0)
+    with pytest.raises(Fatal, match="fenced"):
+        old.put(0, {0: block(0)}, 1)
+    redis_client.flushdb()
+    new.put(0, {0: block(0)}, 1)  # its epoch is in force again
     with pytest.raises(Fatal, match="fenced"):
         old.put(0, {1: block(1)}, 2)
 
@@ -233,10 +240,10 @@ def test_a_foreign_watermark_stops_the_writer_before_it_wrote(
 
 
 def test_keys_of_one_partition_share_a_slot_of_a_cluster(tmp_path: Path) -> None:
-    ports = [free_port(), free_port()]
-    servers = [_start_cluster_node(tmp_path / str(port), port) for port in ports]
+    ports, buses = [free_port(), free_port()], [free_port(), free_port()]
+    servers = [_start_cluster_node(tmp_path / str(port), port, bus) for port, bus in zip(ports, buses, strict=True)]
     try:
-        _join_cluster(ports)
+        _join_cluster(ports, buses[1])
         store = store_at(f"{HOST}:{ports[0]}", cluster=True)
         for partition in range(8):
             store.acquire(partition)
@@ -256,14 +263,16 @@ def test_keys_of_one_partition_share_a_slot_of_a_cluster(tmp_path: Path) -> None
             node.wait()
 
 
-def _start_cluster_node(folder: Path, port: int) -> subprocess.Popen[bytes]:
+def _start_cluster_node(folder: Path, port: int, bus: int) -> subprocess.Popen[bytes]:
     folder.mkdir()
     command = [redis_binary(), "--bind", HOST, "--port", str(port), "--dir", str(folder), "--save", ""]
     with (folder / "log").open("wb") as log:
-        return subprocess.Popen([*command, "--cluster-enabled", "yes"], stdout=log, stderr=log)
+        return subprocess.Popen(
+            [*command, "--cluster-enabled", "yes", "--cluster-port", str(bus)], stdout=log, stderr=log
+        )
 
 
-def _join_cluster(ports: list[int]) -> None:
+def _join_cluster(ports: list[int], second_bus: int) -> None:
     deadline = Deadline.after(30)
     nodes = [redis.Redis(HOST, port, socket_timeout=1) for port in ports]
     for node in nodes:
@@ -271,7 +280,7 @@ def _join_cluster(ports: list[int]) -> None:
             time.sleep(0.05)
     nodes[0].execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
     nodes[1].execute_command("CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
-    nodes[0].execute_command("CLUSTER", "MEET", HOST, ports[1])
+    nodes[0].execute_command("CLUSTER", "MEET", HOST, ports[1], second_bus)
     while not all(node.cluster("info")["cluster_state"] == "ok" for node in nodes):
         assert not deadline.passed, "the cluster did not form"
         time.sleep(0.1)
