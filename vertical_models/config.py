@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+import torch
+from pydantic import AwareDatetime, Field, field_validator
 
 from das.config import Config
 from das.errors import ConfigError
@@ -33,16 +34,21 @@ class StudentConfig(Config):
     tables: TablesConfig = TablesConfig()
     inputs: InputConfig = InputConfig()
     backbone: DCNv2Config = DCNv2Config()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3, table_lr=0.05)
     distillation: DistillationConfig = DistillationConfig()
     lookup: LookupConfig = LookupConfig()
-    batch_rows: int = Field(256, ge=1, le=65_536)
-    """Rows per step; with an end of stream, the last step has what is left."""
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    threads: int = Field(1, ge=1, le=1024)
+    """CPU threads of torch. Results are bit-identical for one value of it."""
+    batch_rows: int = Field(64, ge=1, le=65_536)
+    """Rows per step; at an end of stream, the last step has what is left."""
     seed: int = Field(0, ge=0, lt=2**31)
-    eval_from_ms: int = Field(0, ge=0)
-    """Progressive metrics cover rows from this event time on (ms since the epoch)."""
-    snapshot_every_steps: int = Field(200, ge=1)
-    snapshots_kept: int = Field(2, ge=1, le=1000)
+    eval_from: AwareDatetime | None = None
+    """Progressive metrics cover rows from this event time on: ISO 8601 with its zone, or milliseconds."""
+    snapshot_every_steps: int = Field(500, ge=1)
+    keep_snapshots: int = Field(2, ge=1, le=1000)
+    poll_timeout_s: float = Field(600.0, gt=0)
+    """How long to wait for a broker that is away before giving up."""
 
     @field_validator("domains", "objectives", "features")
     @classmethod
@@ -55,6 +61,18 @@ class StudentConfig(Config):
     def arm_name(self) -> str:
         """The arm in result tables."""
         return self.arm or self.distillation.mode
+
+    @property
+    def eval_from_ms(self) -> int | None:
+        """`eval_from` in milliseconds since the epoch."""
+        return None if self.eval_from is None else round(self.eval_from.timestamp() * 1000)
+
+    def torch_device(self) -> torch.device:
+        """The device to use. Raises ConfigError if a GPU was asked for and there is none."""
+        there = torch.cuda.is_available()
+        if self.device == "cuda" and not there:
+            raise ConfigError(f"student '{self.name}': device: cuda, but torch sees no GPU here; set cpu or auto")
+        return torch.device("cuda" if there and self.device != "cpu" else "cpu")
 
     def encoder(self, schema: FeatureSchema) -> FeatureEncoder:
         """The encoder of this student's features and objectives. Raises ConfigError; see `check`."""

@@ -30,7 +30,7 @@ class DistillationConfig(Config):
     """
 
     mode: Literal["none", "auxiliary", "shared"] = "auxiliary"
-    weight: PerObjective = 1.0
+    weight: PerObjective = 3.0
     beta: PerObjective = 1.0
     alpha: PerObjective = 1.0
     head_hidden: tuple[int, ...] = ()

@@ -23,9 +23,10 @@ from das.logit_block import LogitBlock
 from das.lookup import LogitLookup
 from das.position import Position, Positions
 from das.telemetry import NullTelemetry, Telemetry
+from foundation_model.results import Ages, write_results
+from foundation_model.snapshot_folder import SnapshotFolder
 from vertical_models import checkpoint
 from vertical_models.checkpoint import Resumed
-from vertical_models.results import Ages, write_results
 from vertical_models.row_buffer import RowBuffer, Segment, TrainingBatch, start_row
 from vertical_models.trainer import StudentTrainer
 
@@ -33,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 POLL_MESSAGES = 16
-OUTAGE_S = 300.0
 RETRY_S = 1.0
 GAUGES_EVERY_STEPS = 20
+AGES_PER_STEP = 4
 
 
 class Source(Protocol):
@@ -61,8 +62,8 @@ class StudentLoop:
         lookup: LogitLookup | None,
         trainer: StudentTrainer,
         resumed: Resumed,
+        snapshots: SnapshotFolder,
         *,
-        snapshots: Path,
         results: Path,
         telemetry: Telemetry | None = None,
         stop_at_end: bool = True,
@@ -82,18 +83,23 @@ class StudentLoop:
         self._buffer = RowBuffer(dict(resumed.positions))
         self._next = dict(resumed.positions)  # what is read, ahead of what is trained
         self._misses = resumed.misses
-        self._version = resumed.version
-        self._saved_at: tuple[int, Positions] = (trainer.counts.steps, dict(resumed.positions))
+        self._saved_steps = trainer.counts.steps
+        self._finished_steps = -1
         self._allowed = set(trainer.student.serving.domains)
         self._event_to_trained = Ages()
         self._freshness_gap = Ages()
         self._rows_here = 0
-        self._began_s = time.monotonic()
+        self._first_s = self._last_s = time.monotonic()
+
+    @property
+    def positions(self) -> Positions:
+        """The next row to train, per partition."""
+        return dict(self._buffer.positions)
 
     def run(self, stop: threading.Event) -> None:
-        """Train until the stream ends (if `stop_at_end`) or `stop` is set; the last thing done is a snapshot.
+        """Train until the stream ends (if `stop_at_end`) or `stop` is set; the last thing is a snapshot.
 
-        Raises Retryable when the broker stays away, Fatal when going on would train a row twice or never.
+        Raises Retryable when broker or disk stay away past their deadline, Fatal when the source went back.
         """
         batch_rows = self._trainer.config.batch_rows
         while not stop.is_set():
@@ -104,12 +110,8 @@ class StudentLoop:
                 self._finish()
                 if self._stop_at_end:
                     return
+                stop.wait(POLL_S)
         self._save_if_new()
-
-    @property
-    def positions(self) -> Positions:
-        """The next row to train, per partition."""
-        return dict(self._buffer.positions)
 
     def _fill(self, stop: threading.Event) -> None:
         """Read messages and decide, once, which of them have logits."""
@@ -124,27 +126,21 @@ class StudentLoop:
 
     def _step(self, rows: int) -> None:
         """Train on the next rows, and save when it is time."""
+        began_s = time.monotonic()
         item = self._buffer.cut(rows)
         self._trainer.train(item)  # 3. predict, count, learn
         fault.point("student.after_step")
-        self._observe(item)
-        steps = self._trainer.counts.steps
-        if steps % GAUGES_EVERY_STEPS == 0:
-            self._gauges()
-        if steps % self._trainer.config.snapshot_every_steps == 0:
+        self._observe(item, began_s)
+        if self._trainer.counts.steps % self._trainer.config.snapshot_every_steps == 0:
             self._save()
 
     def _save(self) -> None:
         """Make what was trained durable; only then tell the broker."""
-        began_s = time.monotonic()
-        self._version += 1
         positions = self.positions
-        decisions = self._buffer.decisions()
-        checkpoint.save(self._trainer, self._snapshots, self._version, positions, decisions)  # 4. durable
+        if not checkpoint.save(self._trainer, self._snapshots, positions, self._buffer.decisions()):  # 4. durable
+            return
+        self._saved_steps = self._trainer.counts.steps
         fault.point("student.after_snapshot")
-        self._saved_at = (self._trainer.counts.steps, positions)
-        self._telemetry.observe("exfm_snapshot_seconds", time.monotonic() - began_s)
-        self._telemetry.gauge("exfm_snapshot_version", self._version)
         try:
             self._source.commit(positions)  # 5. for lag displays
         except Retryable as error:
@@ -152,7 +148,7 @@ class StudentLoop:
         fault.point("student.after_commit")
 
     def _save_if_new(self) -> None:
-        if self._saved_at != (self._trainer.counts.steps, self.positions):
+        if self._saved_steps != self._trainer.counts.steps:
             self._save()
 
     def _finish(self) -> None:
@@ -160,11 +156,14 @@ class StudentLoop:
         if len(self._buffer):
             self._step(len(self._buffer))
         self._save_if_new()
-        self._gauges()
-        write_results(self._results, self.results())
+        if self._finished_steps != self._trainer.counts.steps:
+            self._finished_steps = self._trainer.counts.steps
+            self._gauges()
+            write_results(self._results, self.results())
 
     def _poll(self, stop: threading.Event) -> list[ExampleMessage]:
-        patience = Deadline.after(OUTAGE_S)
+        """The next messages; patient while the broker is away."""
+        patience = Deadline.after(self._trainer.config.poll_timeout_s)
         while not stop.is_set():
             try:
                 return self._source.poll(POLL_S, POLL_MESSAGES)
@@ -211,11 +210,19 @@ class StudentLoop:
         keep[:first] = False
         return np.flatnonzero(keep)
 
-    def _observe(self, item: TrainingBatch) -> None:
+    def _observe(self, item: TrainingBatch, began_s: float) -> None:
+        """Rates and ages; a few rows of each batch stand for all of them in the histogram."""
+        self._last_s = time.monotonic()
+        if not self._rows_here:
+            self._first_s = began_s
+        self._rows_here += item.batch.num_rows
+        self._telemetry.observe("exfm_step_seconds", self._last_s - began_s)
         age_s = time.time() - item.batch.ingest_time_ms_B / 1000
         self._event_to_trained.add(age_s)
-        self._telemetry.observe("exfm_event_to_trained_seconds", float(np.median(age_s)))
-        self._rows_here += item.batch.num_rows
+        for age in np.quantile(age_s, np.linspace(0, 1, AGES_PER_STEP)):
+            self._telemetry.observe("exfm_event_to_trained_seconds", max(0.0, float(age)))
+        if self._trainer.counts.steps % GAUGES_EVERY_STEPS == 0:
+            self._gauges()
 
     def _gauges(self) -> None:
         for key, portfolio in self._trainer.summaries().items():
@@ -228,7 +235,7 @@ class StudentLoop:
         """The results of everything trained so far, JSON-ready. Rates and ages are of this life of the process."""
         trainer, counts = self._trainer, self._trainer.counts
         rows = counts.rows_total
-        elapsed_s = time.monotonic() - self._began_s
+        span_s = self._last_s - self._first_s
         reads = trainer.config.distillation.reads_logits
         return {
             "name": trainer.config.name,
@@ -236,12 +243,12 @@ class StudentLoop:
             "arm": trainer.config.arm_name,
             "rows": rows,
             "rows_by_domain": dict(zip(trainer.schema.domains, counts.rows.tolist(), strict=True)),
-            "rows_per_s": self._rows_here / elapsed_s if elapsed_s > 0 else None,
+            "rows_per_s": self._rows_here / span_s if span_s > 0 else None,
             "steps": counts.steps,
             "steps_nonfinite": counts.steps_nonfinite,
             "hit_rate": counts.rows_with_logits / rows if reads and rows else None,
             "event_to_trained_s": self._event_to_trained.summary(),
             "freshness_gap_s": self._freshness_gap.summary(),
-            "snapshot_version": self._version,
+            "snapshot_version": self._snapshots.last_version,
             "portfolios": trainer.portfolios(),
         }

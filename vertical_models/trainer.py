@@ -5,7 +5,6 @@ Shape legend: B rows, K the student's objectives, J all objectives of the schema
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,13 +51,13 @@ class StudentTrainer:
         config: StudentConfig,
         schema: FeatureSchema,
         *,
-        device: torch.device | str = "cpu",
         telemetry: Telemetry | None = None,
     ) -> None:
-        """Raises ConfigError where the config does not fit the schema."""
+        """Sets torch's thread count. Raises ConfigError where the config does not fit the schema or the machine."""
+        torch.set_num_threads(config.threads)
         self.config = config
         self.schema = schema
-        self.device = torch.device(device)
+        self.device = config.torch_device()
         self.encoder = config.encoder(schema)
         self.student = Student(config, self.encoder.spec).to(self.device)
         self.optimizers = Optimizers(self.student, config.optimizer)
@@ -92,7 +91,6 @@ class StudentTrainer:
 
     def train(self, item: TrainingBatch) -> bool:
         """Predict, count, learn. Returns whether the step was taken; a non-finite one leaves the model as it was."""
-        began_s = time.perf_counter()
         batch = item.batch.to(self.device)
         output = self.student(batch)  # 1. predict, with the weights from before this batch
         self._evaluate(output.served_BK, item.batch)  # 2. count the prediction
@@ -102,7 +100,6 @@ class StudentTrainer:
         loss.backward()
         ok = self.optimizers.step(loss)  # 3. learn
         self._count(item, ok)
-        self._telemetry.observe("exfm_step_seconds", time.perf_counter() - began_s)
         return ok
 
     def model_tensors(self) -> dict[str, Tensor]:
