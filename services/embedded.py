@@ -5,10 +5,14 @@ Both bind to loopback and keep their files in one folder. The broker (Tansu) kee
 
 from __future__ import annotations
 
+import ctypes
 import importlib.resources
 import shutil
+import signal
 import socket
 import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +89,15 @@ def _start(name: str, command: list[str], folder: Path, port: int, timeout_s: fl
     folder.mkdir(parents=True, exist_ok=True)
     log_path = folder / f"{name}.log"
     with log_path.open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=folder)
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            cwd=folder,
+            start_new_session=True,  # Ctrl-C in the terminal drains the clients first; then we stop the server
+            preexec_fn=_follow_parent(),
+        )
     deadline = Deadline.after(timeout_s)
     while not deadline.passed:
         if process.poll() is not None:
@@ -98,6 +110,18 @@ def _start(name: str, command: list[str], folder: Path, port: int, timeout_s: fl
             return Server(name, process, f"{HOST}:{port}")
     process.kill()
     raise Fatal(f"{name} did not listen on {HOST}:{port} within {timeout_s:.0f} s; see {log_path}")
+
+
+def _follow_parent() -> Callable[[], None] | None:
+    """Runs in the new process: get SIGTERM when the thread that started it ends, however it ends (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    pr_set_pdeathsig, libc = 1, ctypes.CDLL(None)
+
+    def follow() -> None:
+        libc.prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
+
+    return follow
 
 
 def _pause(process: subprocess.Popen[bytes], seconds: float) -> None:

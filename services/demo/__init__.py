@@ -1,0 +1,1 @@
+"""`exfm demo`: the whole loop on KuaiRand-Pure, with and without distillation."""

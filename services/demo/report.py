@@ -1,0 +1,84 @@
+"""The demo's table: one row per portfolio and arm, the teacher's rows, and the paired differences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from services.demo.compare import paired_ne_difference
+
+BASE_ARM = "none"
+COLUMNS = ("auc", "ne", "logloss", "calibration")
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The result files of all trainers, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def make_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per (portfolio, arm): the teacher's first, then each portfolio's arms with the paired difference."""
+    rows = [_row(result, portfolio) for result in results for portfolio in result["portfolios"]]
+    rows = [row for row in rows if row["kind"] == "teacher" or row["domain"] != "all"]
+    bases = {row["portfolio"]: row for row in rows if row["kind"] == "student" and row["arm"] == BASE_ARM}
+    for row in rows:
+        base = bases.get(row["portfolio"])
+        if row["kind"] == "student" and row["arm"] != BASE_ARM and base is not None:
+            difference = paired_ne_difference(base["blocks"], row["blocks"])
+            if difference is not None:
+                row["ne_change_percent"] = difference.percent
+                row["ne_change_95"] = [difference.low, difference.high]
+                row["ne_change_significant"] = difference.significant
+                row["ne_change"] = str(difference)
+    return sorted(rows, key=lambda r: (r["kind"] != "teacher", r["portfolio"], r["arm"] != BASE_ARM, r["arm"]))
+
+
+def print_table(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print the rows, and how to read them."""
+    table = Table(title="Progressive results (each row predicted before it was trained on)", title_justify="left")
+    for heading in ("model", "portfolio", "arm", "rows", "AUC", "NE", "LogLoss", "calib.", "hit rate", "events/s"):
+        table.add_column(heading, justify="left" if heading in ("model", "portfolio", "arm") else "right")
+    table.add_column("NE vs none, 95 % CI")
+    for row in rows:
+        hit_rate = "-" if row["hit_rate"] is None else f"{row['hit_rate']:.2%}"
+        table.add_row(
+            row["name"],
+            row["portfolio"],
+            row["arm"],
+            f"{row['rows']:,}",
+            *(_number(row[column]) for column in COLUMNS),
+            hit_rate,
+            f"{row['events_per_s']:,.0f}" if row["events_per_s"] else "-",
+            row.get("ne_change", ""),
+        )
+    console.print(table)
+    console.print(
+        "One seed. The interval is over paired blocks of 1000 rows of this one stream: it does not cover the spread "
+        "between seeds or between streams. A portfolio is domain/objective; calibration is sum p / sum y.",
+        style="dim",
+    )
+
+
+def _row(result: dict[str, Any], portfolio: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": result["name"],
+        "kind": result["kind"],
+        "arm": result.get("arm") or "teacher",
+        "portfolio": f"{portfolio['domain']}/{portfolio['objective']}",
+        "domain": portfolio["domain"],
+        "objective": portfolio["objective"],
+        "rows": portfolio["rows"],
+        "positives": portfolio["positives"],
+        **{column: portfolio[column] for column in COLUMNS},
+        "hit_rate": result.get("hit_rate"),
+        "events_per_s": result.get("rows_per_s"),
+        "blocks": portfolio["blocks"],
+    }
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

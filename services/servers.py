@@ -1,0 +1,102 @@
+"""The servers of a pipeline on one machine: embedded ones where the settings ask for them, topics on either."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from das.broker import create_topics, wait_for_broker
+from das.deadline import Deadline
+from services.embedded import Server, start_broker, start_redis
+from services.settings import Settings
+
+BROKER = "broker"
+REDIS = "redis"
+
+
+class Servers:
+    """Starts and stops the embedded servers; `environ` points the other processes at them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._folder = settings.run_dir / "servers"
+        self._running: dict[str, Server] = {}
+        self._restarts: dict[str, int] = {}
+        self._stopping = False
+        self._ended: Callable[[str], None] = lambda _: None
+
+    def start(self, ended: Callable[[str], None]) -> None:
+        """Start what the settings embed; `ended(name)` is called from a thread when one ends unasked."""
+        self._ended = ended
+        if self._settings.embedded.kafka:
+            self._adopt(start_broker(self._folder / BROKER))
+        if self._settings.embedded.redis:
+            self._adopt(start_redis(self._folder / REDIS))
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """Overrides of the settings for every other process."""
+        found = {}
+        if BROKER in self._running:
+            found["EXFM_KAFKA__BOOTSTRAP"] = self._running[BROKER].address
+        if REDIS in self._running:
+            found["EXFM_REDIS__URL"] = f"redis://{self._running[REDIS].address}/0"
+        return found
+
+    @property
+    def settings(self) -> Settings:
+        """The settings with the addresses of the embedded servers."""
+        kafka, redis = self._settings.kafka, self._settings.redis
+        if BROKER in self._running:
+            kafka = kafka.model_copy(update={"bootstrap": self._running[BROKER].address})
+        if REDIS in self._running:
+            redis = redis.model_copy(update={"url": f"redis://{self._running[REDIS].address}/0"})
+        return self._settings.model_copy(update={"kafka": kafka, "redis": redis})
+
+    def create_topics(self, timeout_s: float = 30.0) -> None:
+        """Create the topics that are missing. Raises Retryable when the broker does not answer in time."""
+        kafka = self.settings.kafka
+        wait_for_broker(kafka, Deadline.after(timeout_s))
+        create_topics(kafka)
+
+    def recover(self, name: str) -> str | None:
+        """Start a server again that ended; returns why that is impossible, or None."""
+        if name == BROKER:
+            return f"the embedded broker ended and its log was in memory: the stream is lost; see {self._folder / name}"
+        old = self._running.pop(name)
+        self._restarts[name] = self._restarts.get(name, 0) + 1
+        if self._restarts[name] > self._settings.supervisor.max_restarts:
+            return f"{name} ended {self._restarts[name]} times; see {self._folder / name}"
+        self._adopt(start_redis(self._folder / REDIS, int(old.address.rpartition(":")[2])))
+        return None
+
+    def status(self) -> list[dict[str, Any]]:
+        """One row per server, shaped like a process of the supervisor."""
+        return [
+            {
+                "name": name,
+                "kind": "server",
+                "state": "running" if server.process.poll() is None else "stopped",
+                "pid": server.process.pid,
+                "restarts": self._restarts.get(name, 0),
+                "exit_code": server.process.poll(),
+            }
+            for name, server in list(self._running.items())
+        ]
+
+    def stop(self) -> None:
+        """Stop the servers, Redis first so that its append-only file is flushed."""
+        self._stopping = True
+        for server in reversed(list(self._running.values())):
+            server.stop()
+
+    def _adopt(self, server: Server) -> None:
+        self._running[server.name] = server
+
+        def watch() -> None:
+            server.process.wait()
+            if not self._stopping:
+                self._ended(server.name)
+
+        threading.Thread(target=watch, name=f"watch-{server.name}", daemon=True).start()

@@ -1,0 +1,210 @@
+"""One picture of a running pipeline: every process's `/metrics`, read on a schedule and turned into rates."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from services.logs import get_logger
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+Status = dict[str, Any]
+HISTORY = 900
+SCRAPE_TIMEOUT_S = 1.0
+ROW_COUNTERS = {"replay": "exfm_replayed_total", "das": "exfm_examples_rows_total"}
+
+
+def scrape(address: str, timeout_s: float = SCRAPE_TIMEOUT_S) -> Samples:
+    """All samples of `http://<address>/metrics`. Raises OSError when the process does not answer."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=timeout_s) as answer:
+        text = answer.read().decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def total(samples: Samples, name: str, **labels: str) -> float:
+    """Sum of `name` over all label sets that contain `labels`."""
+    want = set(labels.items())
+    return sum(value for (have, its), value in samples.items() if have == name and want <= set(its))
+
+
+class Collector:
+    """Reads every process of `states` each `interval_s` into `latest` and a bounded `history`."""
+
+    def __init__(self, run_dir: Path, states: Callable[[], list[dict[str, Any]]], interval_s: float = 2.0) -> None:
+        self.latest: Status = {}
+        self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
+        self.peak_rss_bytes = 0
+        self._run_dir = run_dir
+        self._states = states
+        self._interval_s = interval_s
+        self._started_s = time.monotonic()
+        self._increase = _Increase()
+        self._previous: tuple[float, dict[str, float]] = (self._started_s, {})
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="status", daemon=True)
+
+    def start(self) -> None:
+        """Begin to collect."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop collecting."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+
+    def _loop(self) -> None:
+        log = get_logger(__name__)
+        while not self._stop.wait(self._interval_s):
+            try:
+                self.collect()
+            except (OSError, ValueError, KeyError) as error:
+                log.warning("status not collected", error=str(error))
+
+    def collect(self) -> Status:
+        """Read everything once and return the picture."""
+        now_s = time.monotonic()
+        rows = [self._process(state) for state in self._states()]
+        done = {row["name"]: row["rows"] for row in rows if "rows" in row}
+        before_s, before = self._previous
+        span_s = max(now_s - before_s, 1e-9)
+        for row in rows:
+            if "rows" in row:
+                row["rows_per_s"] = (row["rows"] - before.get(row["name"], 0.0)) / span_s
+        self._previous = (now_s, done)
+        self.latest = self._picture(rows, now_s)
+        self.history.append(_point(self.latest))
+        self.peak_rss_bytes = max(self.peak_rss_bytes, self.latest["rss_bytes"])
+        return self.latest
+
+    def _picture(self, rows: list[dict[str, Any]], now_s: float) -> Status:
+        by_kind = {kind: [r for r in rows if r["kind"] == kind] for kind in ("replay", "das", "teacher", "student")}
+        hits = sum(r.get("hits", 0.0) for r in by_kind["student"])
+        misses = sum(r.get("misses", 0.0) for r in by_kind["student"])
+        head = by_kind["teacher"] or by_kind["student"] or by_kind["das"]
+        trainers = by_kind["teacher"] + by_kind["student"]
+        return {
+            "when_ms": int(time.time() * 1000),
+            "uptime_s": round(now_s - self._started_s, 1),
+            "rows_expected": max((r.get("rows_expected", 0.0) for r in by_kind["replay"]), default=0.0),
+            "rows_replayed": sum(r.get("rows", 0.0) for r in by_kind["replay"]),
+            "rows_joined": sum(r.get("rows", 0.0) for r in by_kind["das"]),
+            "rows_trained": sum(r.get("rows", 0.0) for r in by_kind["teacher"]),
+            "events_per_s": sum(r.get("rows_per_s", 0.0) for r in head),
+            "lag": max((r["lag"] for r in trainers if r.get("lag") is not None), default=0.0),
+            "hit_rate": hits / (hits + misses) if hits + misses else None,
+            "ne": {r["name"]: r["ne"] for r in trainers if r.get("ne")},
+            "processes": rows,
+            "restarts": sum(r["restarts"] for r in rows),
+            "rss_bytes": sum(r.get("rss_bytes", 0) for r in rows) + psutil.Process().memory_info().rss,
+        }
+
+    def _process(self, state: dict[str, Any]) -> dict[str, Any]:
+        """One process: its state, memory and the numbers it publishes; the last ones known when it is not answering."""
+        name, kind = state["name"], state["kind"]
+        known: dict[str, Any] = next((r for r in self.latest.get("processes", []) if r["name"] == name), {})
+        row = {**{k: v for k, v in known.items() if k not in ("rss_bytes", "ready", "lag")}, **state, "ready": None}
+        if state["pid"] is None:
+            return row
+        try:
+            row["rss_bytes"] = psutil.Process(state["pid"]).memory_info().rss
+        except psutil.Error:
+            return row
+        samples = self._samples(name, state["pid"])
+        if samples is not None and kind != "server":
+            row.update(self._numbers(name, kind, samples))
+        return row
+
+    def _samples(self, name: str, pid: int) -> Samples | None:
+        try:
+            port = json.loads((self._run_dir / "ports" / f"{name}.json").read_text(encoding="utf-8"))
+            return scrape(port["health"]) if port["pid"] == pid else None
+        except (OSError, ValueError, urllib.error.URLError):
+            return None
+
+    def _numbers(self, name: str, kind: str, samples: Samples) -> dict[str, Any]:
+        counter = ROW_COUNTERS.get(kind, "exfm_rows_trained_total")
+        labels = {"topic": "impressions"} if kind == "replay" else {}
+        numbers: dict[str, Any] = {
+            "ready": bool(total(samples, "exfm_ready")),
+            "rows": self._increase(name, counter, total(samples, counter, **labels)),
+            "lag": total(samples, "exfm_lag_records"),
+            "snapshot": total(samples, "exfm_snapshot_version"),
+            "quarantined": self._increase(name, "quarantined", total(samples, "exfm_quarantined_total")),
+            "violations": self._increase(name, "violations", total(samples, "exfm_invariant_violations_total")),
+        }
+        if kind == "replay":
+            numbers["rows_expected"] = total(samples, "exfm_replay_rows")
+        if kind == "student":
+            for key, outcome in (("hits", "hit"), ("misses", "miss")):
+                value = total(samples, "exfm_logit_rows_total", outcome=outcome)
+                numbers[key] = self._increase(name, key, value)
+            numbers["degraded"] = bool(total(samples, "exfm_lookup_degraded"))
+        if kind in ("teacher", "student"):
+            numbers["ne"] = _by_portfolio(samples, "exfm_ne")
+            numbers["auc"] = _by_portfolio(samples, "exfm_auc")
+        return numbers
+
+
+class _Increase:
+    """Counters that go on rising when a restarted process begins again at zero."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, str], tuple[float, float]] = {}
+
+    def __call__(self, process: str, name: str, value: float) -> float:
+        """The sum of all increases of one counter."""
+        last, accumulated = self._seen.get((process, name), (0.0, 0.0))
+        accumulated += value - last if value >= last else value
+        self._seen[process, name] = (value, accumulated)
+        return accumulated
+
+
+def _by_portfolio(samples: Samples, name: str) -> dict[str, float]:
+    return {
+        dict(labels)["portfolio"]: value
+        for (have, labels), value in samples.items()
+        if have == name and math.isfinite(value)
+    }
+
+
+def _point(status: Status) -> dict[str, Any]:
+    """What the charts of the live page keep of one picture."""
+    return {key: status[key] for key in ("when_ms", "events_per_s", "lag", "hit_rate", "ne", "rss_bytes")}
+
+
+def summary_line(status: Status) -> str:
+    """One plain line for a log or a terminal without a cursor."""
+    if not status:
+        return "starting"
+    hit_rate = "-" if status["hit_rate"] is None else f"{status['hit_rate']:.2%}"
+    nes = " ".join(f"{name}={_first(ne):.3f}" for name, ne in status["ne"].items())
+    share = f" {status['rows_trained'] / status['rows_expected']:.0%}" if status["rows_expected"] else ""
+    return (
+        f"{status['uptime_s']:.0f} s{share} | {status['events_per_s']:.0f} events/s | lag {status['lag']:.0f} | "
+        f"hit {hit_rate} | {status['rss_bytes'] / 2**30:.1f} GiB | NE {nes or '-'}"
+    )
+
+
+def _first(values: dict[str, float]) -> float:
+    return next(iter(values.values()), float("nan"))
+
+
+def names(rows: Iterable[dict[str, Any]], state: str) -> list[str]:
+    """Names of the processes in `state`."""
+    return [row["name"] for row in rows if row["state"] == state]
