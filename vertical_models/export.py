@@ -45,8 +45,8 @@ _PLAIN = re.compile(
 )
 
 
-def export_student(trainer: StudentTrainer, version: int, target: Path) -> ExportManifest:
-    """Export `trainer.student` as it stands; `version` is the snapshot it was loaded from.
+def export_student(trainer: StudentTrainer, target: Path) -> ExportManifest:
+    """Export `trainer.student` as it stands (`checkpoint.load_trained` reads one from a snapshot).
 
     Raises ConfigError if the ONNX packages are missing or `target` is in use, Fatal if a graph differs from the student
     by more than TOLERANCE or holds anything that is not the serving graph's.
@@ -66,7 +66,7 @@ def export_student(trainer: StudentTrainer, version: int, target: Path) -> Expor
         check_clean(load_program(temporary / PROGRAM), trainer.student)
         check_parity(load_program(temporary / PROGRAM), trainer.student.serving)
         _check_onnx(onnxruntime, temporary / ONNX, trainer.student.serving)
-        manifest = _manifest(trainer, model, version, temporary)
+        manifest = _manifest(trainer, model, temporary)
         (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         temporary.rename(target)
     finally:
@@ -207,11 +207,11 @@ def _save_onnx(program: ExportedProgram, model: ServingModel, path: Path) -> Non
     exported.save(path, external_data=False)
 
 
-def _manifest(trainer: StudentTrainer, model: ServingModel, version: int, folder: Path) -> ExportManifest:
+def _manifest(trainer: StudentTrainer, model: ServingModel, folder: Path) -> ExportManifest:
     files = {name: (folder / name).read_bytes() for name in (PROGRAM, ONNX, WEIGHTS)}
     return ExportManifest(
         student=trainer.config.name,
-        version=version,
+        version=trainer.counts.steps,
         schema_name=trainer.schema.name,
         schema_version=trainer.schema.version,
         schema_fingerprint=f"{trainer.schema.fingerprint:016x}",
