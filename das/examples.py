@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from das.arrow_guard import inspect_stream
 from das.errors import Poison
-from das.messages import Impression
+from das.messages import MAX_TIME_MS, Impression
 from das.schema import FeatureSchema
 
 FORMAT = 1
@@ -198,5 +198,9 @@ def _check_values(batch: pa.RecordBatch, schema: FeatureSchema) -> None:
             raise Poison("arrow", f"{field.name} has a null in its dictionary")
         if field.name == "domain" and not set(values.dictionary.to_pylist()) <= set(schema.domains):
             raise Poison("domain", f"domains {values.dictionary.to_pylist()[:8]} are not all in the schema")
+        if values.type == TIME and len(values):
+            times = values.view(pa.int64()).to_numpy()
+            if times.min() < 0 or times.max() > MAX_TIME_MS:
+                raise Poison("arrow", f"{field.name} has times outside 0 to {MAX_TIME_MS} ms")
         if field.type == pa.int8() and field.nullable and not {0, 1, None}.issuperset(values.unique().to_pylist()):
             raise Poison("arrow", f"label {field.name} is not 0, 1 or null")
