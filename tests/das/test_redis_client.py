@@ -116,7 +116,7 @@ def _tls_in_front_of(address: str, key: str, cert: str) -> Iterator[str]:
                     client.sendall(backend.recv(1 << 20))
 
     with socket.create_server((HOST, 0)) as listener:
-        thread = threading.Thread(target=serve)
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield f"{HOST}:{listener.getsockname()[1]}"
         thread.join(10)
