@@ -14,11 +14,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +81,7 @@ def export_program(model: ServingModel) -> ExportedProgram:
     """The serving graph with a dynamic batch size; sequences have the student's full history length."""
     example = example_inputs(model, rows=3)
     batch = Dim("batch", min=1, max=MAX_BATCH)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytrees
+    with _quiet():
         return torch.export.export(model, (example,), dynamic_shapes=({name: {0: batch} for name in example},))
 
 
@@ -147,7 +149,7 @@ def _check_onnx(onnxruntime: Any, path: Path, model: ServingModel) -> None:
     _parity("the ONNX graph", model, lambda x: session.run(None, {name: x[name].numpy() for name in names})[0])
 
 
-def _parity(what: str, model: ServingModel, run: Any) -> float:
+def _parity(what: str, model: ServingModel, run: Callable[[dict[str, Tensor]], np.ndarray]) -> float:
     worst = 0.0
     for rows in CHECKED_ROWS:
         inputs = example_inputs(model, rows, seed=rows)
@@ -165,6 +167,20 @@ def _detached(trainer: StudentTrainer) -> ServingModel:
     copy = ServingModel(config.inputs, config.backbone, live.spec, live.domains)
     copy.load_state_dict({name: value.detach().cpu() for name, value in live.state_dict().items()})
     return copy.requires_grad_(False).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings about its own internals and about a torchvision that nobody needs."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _weights(model: ServingModel) -> dict[str, Tensor]:
@@ -198,8 +214,7 @@ def _refuse_pickles(path: Path) -> None:
 
 def _save_onnx(program: ExportedProgram, model: ServingModel, path: Path) -> None:
     names = list(example_inputs(model, 2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    with _quiet():
         exported = torch.onnx.export(
             program, dynamo=True, input_names=names, output_names=["logits"], external_data=False, verbose=False
         )
