@@ -166,6 +166,7 @@ class DatasetConfig(Config):
     def _history_problems(self, schema: FeatureSchema, columns: dict[str, str]) -> list[str]:
         found = []
         kinds = {f.name: f.dtype for f in schema.categorical if f.name in columns}
+        nullable = {f.name for f in schema.categorical if f.nullable}
         if schema.sequences and self.user not in kinds:
             found.append("user: name the categorical feature that owns the histories; the schema has sequences")
         for sequence in schema.sequences:
@@ -176,6 +177,11 @@ class DatasetConfig(Config):
                 f"schema: '{sequence.name}.{field.name}' needs a categorical feature '{field.name}' of the same dtype"
                 for field in sequence.fields
                 if kinds.get(field.name) != field.dtype
+            ]
+            found += [
+                f"schema: '{sequence.name}.{field.name}' cannot hold nulls, but '{field.name}' is nullable; drop it"
+                for field in sequence.fields
+                if field.name in nullable
             ]
         return found
 

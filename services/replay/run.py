@@ -20,7 +20,7 @@ from das.errors import ConfigError
 from das.examples import END_OF_STREAM, HEADER_CONTROL
 from das.messages import Impression, MessageCodec
 from das.schema import FeatureSchema
-from das.stream import KafkaConfig, KafkaSink, TopicPartition, TopicsConfig, partition_for, read_tail
+from das.stream import KafkaConfig, KafkaSink, KafkaSource, TopicPartition, TopicsConfig, partition_for, read_tail
 from das.telemetry import Telemetry
 from services.replay.config import ReplayConfig
 from services.replay.dataset import DatasetConfig
@@ -139,13 +139,16 @@ class Replay:
 
     def _open_lanes(self) -> dict[TopicPartition, _Lane]:
         """One lane per partition of both topics, each knowing what an earlier run left in it."""
-        lanes = {}
-        for topic in _replayed(self._kafka.topics):
-            for partition in range(self._kafka.partitions):
-                lane = _Lane(TopicPartition(topic, partition))
-                if self._config.resume:
-                    lane.look_back(self._kafka)
-                lanes[lane.place] = lane
+        places = [TopicPartition(t, p) for t in _replayed(self._kafka.topics) for p in range(self._kafka.partitions)]
+        lanes = {place: _Lane(place) for place in places}
+        if self._config.resume:
+            source = KafkaSource(self._kafka)
+            try:
+                filled = [place for place in places if source.end_offset_hint(place) > 0]
+            finally:
+                source.close()
+            for place in filled:
+                lanes[place].look_back(self._kafka)
         found = sum(lane.present for lane in lanes.values())
         if found:
             log.info("the topics hold %d records of an earlier run; going on after them", found)
