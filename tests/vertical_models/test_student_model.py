@@ -23,10 +23,15 @@ def _trainer(mode: str, **more: object) -> StudentTrainer:
     return StudentTrainer(student_config(distillation={"mode": mode, **more}), SCHEMA)
 
 
+def _student(mode: str, seed: int = 0) -> Student:
+    config = student_config(distillation={"mode": mode}, seed=seed)
+    return Student(config, config.encoder(SCHEMA).spec)
+
+
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_every_arm_starts_with_the_same_serving_weights(mode: str) -> None:
     torch.manual_seed(123)  # the process's generator must not matter
-    none, other = _trainer("none").student.serving.state_dict(), _trainer(mode).student.serving.state_dict()
+    none, other = _student("none").serving.state_dict(), _student(mode).serving.state_dict()
     assert none.keys() == other.keys()
     assert all(torch.equal(none[name], other[name]) for name in none)
 
@@ -35,9 +40,8 @@ def test_another_seed_gives_other_weights_and_the_process_generator_is_left_alon
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first = _trainer("auxiliary").student.serving.head.weight
+    first, other = _student("auxiliary").serving.head.weight, _student("auxiliary", 1).serving.head.weight
     assert torch.rand(1) == expected
-    other = StudentTrainer(student_config(seed=1), SCHEMA).student.serving.head.weight
     assert not torch.equal(first, other)
 
 
