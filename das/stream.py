@@ -181,6 +181,7 @@ class KafkaSource:
 
     def poll(self, timeout_s: float, max_records: int) -> list[Record]:
         """See RecordSource."""
+        self._release_parked()
         try:
             polled = self._consumer.poll(int(timeout_s * 1000), max_records=max_records)
         except kafka_errors.OffsetOutOfRangeError as error:
@@ -199,6 +200,15 @@ class KafkaSource:
             ]
         self._check_log_kept()
         return out
+
+    def _release_parked(self) -> None:
+        """Records of a resumed partition wait in the client until its current batch is None, but it only gets empty.
+
+        Without this, kafka-python 3.0 never delivers from a resumed partition again while another one has records.
+        """
+        fetcher = self._consumer._fetcher
+        if fetcher._next_partition_records is not None and not fetcher._next_partition_records:
+            fetcher._next_partition_records = None
 
     def _run_callbacks(self) -> None:
         while self._listener.events:
