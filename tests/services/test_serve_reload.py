@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from serve_kit import SCHEMA, Running, expected_logits, make_model, make_rows, publish, serving
 
+from foundation_model.snapshot import seal
+
 ROWS = make_rows(6)
 
 
@@ -92,11 +94,12 @@ def _truncate(path: Path) -> None:
 
 
 def _replace(path: Path, name: str, data: bytes) -> None:
-    """Put other bytes in place of a file, and their hash into the manifest."""
+    """Put other bytes in place of a file, with a manifest that agrees."""
     manifest = json.loads((path / "manifest.json").read_text())
     (path / name).write_bytes(data)
     manifest["files"][name] = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["manifest_hash"]
+    (path / "manifest.json").write_bytes(seal(manifest))
 
 
 def _pickle(path: Path) -> None:
@@ -197,6 +200,9 @@ def test_the_folder_may_vanish_and_come_back(tmp_path: Path) -> None:
         root.rename(tmp_path / "away")
         time.sleep(0.2)
         assert server.client.post("/v1/score", json={"rows": ROWS}).status_code == 200
+        root.write_text("not a folder")
+        time.sleep(0.2)
+        root.unlink()
         (tmp_path / "away").rename(root)
         publish(root, 2, make_model(2))
         server.wait_for(lambda: served_version(server) == 2)
