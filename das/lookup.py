@@ -59,11 +59,6 @@ class _Call:
     found: list[LogitBlock | None]
     missed: dict[int, str] = field(default_factory=dict)
 
-    def miss(self, partitions: Sequence[int], reason: str) -> None:
-        """Give up on everything pending in `partitions`."""
-        for partition in partitions:
-            self.missed.update(dict.fromkeys(self.pending.pop(partition), reason))
-
 
 class LogitLookup:
     """Attaches logit blocks to messages. One thread at a time."""
@@ -87,7 +82,7 @@ class LogitLookup:
         self._fingerprint = schema.fingerprint
         self._num_objectives = len(schema.objectives)
         self._partitions: dict[int, _Partition] = {}
-        self._away_since_s: float | None = None
+        self._away = False
         self._next_try_s = 0.0
 
     @property
@@ -123,18 +118,17 @@ class LogitLookup:
     def _look(self, call: _Call) -> bool:
         """One round trip, if it is time for one; takes what is there. Whether a watermark advanced."""
         now_s = self._clock()
-        if self._away_since_s is not None and now_s < self._next_try_s:
+        if self._away and now_s < self._next_try_s:
             return False
         wanted = {p: [call.messages[i].offset for i in indices] for p, indices in call.pending.items()}
         try:
             fetched = self._store.fetch_many(wanted)
         except Retryable:
-            now_s = self._clock()
-            self._away_since_s = now_s if self._away_since_s is None else self._away_since_s
-            self._next_try_s = now_s + self._config.retry_ms / 1000
+            self._away = True
+            self._next_try_s = self._clock() + self._config.retry_ms / 1000
             return False
-        if self._away_since_s is not None:
-            self._away_since_s = None
+        if self._away:
+            self._away = False
             for state in self._partitions.values():
                 state.degraded, state.moved_s = False, now_s
         moved = [self._take(call, partition, answer) for partition, answer in fetched.items()]
@@ -189,13 +183,10 @@ class LogitLookup:
         out_of_time = now_s - began_s >= self._config.wait_ms / 1000
         for partition in list(call.pending):
             state = self._partitions[partition]
-            if self._away_since_s is not None:
-                since_s, reason = self._away_since_s, "store"
-            else:
-                since_s, reason = state.moved_s, "timeout"
-            if state.degraded or out_of_time or now_s - since_s >= self._config.stall_ms / 1000:
+            if state.degraded or out_of_time or now_s - state.moved_s >= self._config.stall_ms / 1000:
                 state.degraded = True
-                call.miss([partition], reason)
+                reason = "store" if self._away else "timeout"
+                call.missed.update(dict.fromkeys(call.pending.pop(partition), reason))
 
     def _count(self, call: _Call, waited_s: float) -> None:
         undecided = {i for indices in call.pending.values() for i in indices}
