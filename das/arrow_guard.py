@@ -51,7 +51,7 @@ def inspect_stream(value: bytes) -> StreamPlan:
             kind = _header_type(value, message)
             if kind in (_DICTIONARY, _RECORD_BATCH):
                 num_batches += kind == _RECORD_BATCH
-                decoded += _decoded_bytes(value, message, kind, body, body_bytes)
+                decoded += _decoded_bytes(value, message, kind, body)
             schema_bytes = schema_bytes or position
     except struct.error as error:
         raise ValueError(f"Arrow stream is cut short: {error}") from None
@@ -60,8 +60,11 @@ def inspect_stream(value: bytes) -> StreamPlan:
     return StreamPlan(schema_bytes, num_batches, decoded)
 
 
-def _decoded_bytes(value: bytes, message: int, kind: int, body: int, body_bytes: int) -> int:
-    """Bytes that the reader allocates for the buffers of one dictionary or record batch message."""
+def _decoded_bytes(value: bytes, message: int, kind: int, body: int) -> int:
+    """Bytes that the reader allocates for the buffers of one dictionary or record batch message.
+
+    Buffers outside the body are the reader's to refuse: it does so before it allocates.
+    """
     batch = _child(value, message, _HEADER)
     if kind == _DICTIONARY:
         batch = _child(value, batch, _DICTIONARY_DATA)
@@ -74,8 +77,6 @@ def _decoded_bytes(value: bytes, message: int, kind: int, body: int, body_bytes:
     entries = struct.unpack_from(f"<{2 * count}q", value, vector + 4)
     total = 0
     for offset, length in zip(entries[::2], entries[1::2], strict=True):
-        if offset < 0 or length < 0 or offset + length > body_bytes:
-            raise ValueError("a buffer lies outside its message body")
         if length:
             total += max(_I64.unpack_from(value, body + offset)[0], 0)  # -1: stored uncompressed, not copied
     return total

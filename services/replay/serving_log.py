@@ -35,10 +35,10 @@ class Row(NamedTuple):
 
 
 class _Event(NamedTuple):
-    """Something that becomes visible at `time_ms`; `order` breaks ties by row, then by objective."""
+    """Something that becomes visible at `time_ms`; ties go by row, then impression before outcomes."""
 
     time_ms: int
-    order: int
+    number: int
     event: int  # 0 is the impression, 1 + k the outcome of objective k
     row: Row
     states: list[list[Any]]
@@ -116,11 +116,9 @@ class ServingLog:
 
     def _remember(self, number: int, row: Row, states: list[list[Any]], histories: _Histories) -> None:
         """Queue the row's impression and outcomes until the time each is known."""
-        order = number * len(self._events)
-        heapq.heappush(self._pending, _Event(row.time_ms, order, 0, row, states, histories))
+        heapq.heappush(self._pending, _Event(row.time_ms, number, 0, row, states, histories))
         for objective, known_ms in row.outcomes:
-            event = 1 + objective
-            heapq.heappush(self._pending, _Event(known_ms, order + event, event, row, states, histories))
+            heapq.heappush(self._pending, _Event(known_ms, number, 1 + objective, row, states, histories))
         if len(self._pending) > self._config.max_pending:
             raise ConfigError(
                 f"{len(self._pending)} events wait to become known at impression {row.impression_id}; "
