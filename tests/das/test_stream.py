@@ -146,7 +146,7 @@ def test_oversized_record_is_fatal_and_names_the_setting(kafka_bootstrap: str, p
     config = config_for(kafka_bootstrap, prefix, max_message_bytes=1 << 16)
     create_topics(config)
     sink = KafkaSink(config)
-    with pytest.raises(Fatal, match="kafka.max_message_bytes"):
+    with pytest.raises(Fatal, match=r"kafka\.max_message_bytes"):
         sink.send(config.topics.examples, 0, None, b"x" * (1 << 17))
     sink.close()
 
