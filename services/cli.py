@@ -25,15 +25,15 @@ SettingsFile = Annotated[
 
 def main() -> None:
     """Entry point of the console script."""
-    from das.errors import ConfigError
+    from das.errors import ConfigError, ExfmError
 
     try:
         app()
-    except ConfigError as error:
+    except ExfmError as error:
         from services.logs import redact
 
         sys.stderr.write(f"error: {redact(str(error))}\n")
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
 
 
 def _version(show: bool) -> None:

@@ -74,7 +74,9 @@ def configure(process: str, config: LogConfig, *, stderr: bool = True) -> None:
     for handler in handlers:
         handler.setFormatter(formatter)
     logging.basicConfig(level=config.level.upper(), handlers=handlers, force=True)
-    logging.getLogger("kafka").setLevel(max(logging.WARNING, logging.getLevelName(config.level.upper())))
+    level: int = logging.getLevelName(config.level.upper())
+    logging.getLogger("kafka").setLevel(max(logging.WARNING, level))
+    logging.getLogger("kafka.net.selector").setLevel(max(logging.ERROR, level))  # it warns of every busy moment
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

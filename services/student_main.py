@@ -27,7 +27,8 @@ def run(name: str, settings_file: Path) -> int:
 def train(context: Context) -> None:
     """Resume from the newest snapshot, then train. Raises ConfigError, Retryable or Fatal."""
     from foundation_model.snapshot_folder import SnapshotFolder
-    from vertical_models import checkpoint
+    from foundation_model.snapshot_folder import SnapshotFolder
+    from vertical_models.checkpoint import resume
     from vertical_models.online import StudentLoop
     from vertical_models.trainer import StudentTrainer
 
@@ -39,7 +40,7 @@ def train(context: Context) -> None:
     with ExitStack() as stack:
         snapshots = stack.enter_context(closing(folder))
         reader = stack.enter_context(examples_reader(context, schema))
-        resumed = checkpoint.resume(trainer, snapshots, reader.oldest())
+        resumed = resume(trainer, snapshots, reader.oldest())
         lookup = None
         if config.distillation.reads_logits:
             store = stack.enter_context(logit_store(settings, teacher_config(settings).name))

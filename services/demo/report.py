@@ -21,9 +21,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def make_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per (portfolio, arm): the teacher's first, then each portfolio's arms with the paired difference."""
+    """One row per (portfolio, arm), with the paired difference; the teacher's first: the same portfolios, and all."""
     rows = [_row(result, portfolio) for result in results for portfolio in result["portfolios"]]
-    rows = [row for row in rows if row["kind"] == "teacher" or row["domain"] != "all"]
+    students = [row for row in rows if row["kind"] == "student" and row["domain"] != "all"]
+    wanted = {row["portfolio"] for row in students} | {f"all/{row['objective']}" for row in students}
+    rows = [row for row in rows if row["kind"] == "teacher" and row["portfolio"] in wanted] + students
     bases = {row["portfolio"]: row for row in rows if row["kind"] == "student" and row["arm"] == BASE_ARM}
     for row in rows:
         base = bases.get(row["portfolio"])
@@ -42,7 +44,7 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(title="Progressive results (each row predicted before it was trained on)", title_justify="left")
     for heading in ("model", "portfolio", "arm", "rows", "AUC", "NE", "LogLoss", "calib.", "hit rate", "events/s"):
         table.add_column(heading, justify="left" if heading in ("model", "portfolio", "arm") else "right")
-    table.add_column("NE vs none, 95 % CI")
+    table.add_column("NE vs none, 95 % CI", no_wrap=True)
     for row in rows:
         hit_rate = "-" if row["hit_rate"] is None else f"{row['hit_rate']:.2%}"
         table.add_row(

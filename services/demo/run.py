@@ -34,11 +34,12 @@ from services.up import open_live_page
 
 SETTINGS = "settings.yaml"
 MIN_HIT_RATE = 0.999
+PLAIN_WIDTH = 168
 
 
 def run(out: Path, *, device: str = "cpu", speed: str = "max", seed: int = 1, rows: int | None = None) -> int:
     """Run the demo in the folder `out`; returns 0 only if every promise held."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     started_s = time.monotonic()
     try:
         out = prepare_folder(out)

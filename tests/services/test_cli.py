@@ -53,7 +53,8 @@ def test_every_command_says_what_it_does() -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys, services.cli; print([m for m in ('torch', 'pyarrow', 'kafka', 'pydantic', 'matplotlib') if m in sys.modules])"
+    heavy = ("torch", "pyarrow", "kafka", "pydantic", "matplotlib")
+    code = f"import sys, services.cli; print([m for m in {heavy} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

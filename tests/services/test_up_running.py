@@ -87,6 +87,32 @@ def test_sigterm_drains_from_source_to_sink_and_exits_zero(up: Up) -> None:
     assert left == []
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Up]:
+    """Replay and joiner alone, in real time."""
+    run = Up(settings(tmp_path, rows=100_000, speed="realtime", stop_at_end=False, teacher=None, students=[]))
+    try:
+        run.until("all are ready", lambda: all(p["ready"] for p in run.status()["processes"] if p["kind"] != "server"))
+        yield run
+    finally:
+        run.close()
+
+
+@pytest.mark.faults
+def test_a_lost_broker_log_ends_the_pipeline_and_says_why(small: Up) -> None:
+    os.kill(next(p["pid"] for p in small.status()["processes"] if p["name"] == "broker"), signal.SIGKILL)
+    assert small.finish(60) == 1
+    assert "the stream is lost" in small.stdout
+
+
+@pytest.mark.faults
+def test_processes_and_servers_do_not_outlive_a_killed_supervisor(small: Up) -> None:
+    pids = [p["pid"] for p in small.status()["processes"]]
+    small.process.kill()
+    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids], timeout=20)
+    assert alive == []
+
+
 def test_a_refused_configuration_stops_the_pipeline_with_its_message(tmp_path: Path) -> None:
     run = Up(settings(tmp_path, rows=500, teacher={"modle": "small"}))
     try:
