@@ -48,12 +48,13 @@ def inspect_stream(value: bytes) -> StreamPlan:
             position = body + body_bytes
             if body_bytes < 0 or position > len(value):
                 raise ValueError(f"message body of {body_bytes} bytes does not fit into the value")
-            kind = _header_type(value, message)
+            slot = _slot(value, message, _HEADER_TYPE)
+            kind = value[message + slot] if slot else 0
             if kind in (_DICTIONARY, _RECORD_BATCH):
                 num_batches += kind == _RECORD_BATCH
                 decoded += _decoded_bytes(value, message, kind, body)
             schema_bytes = schema_bytes or position
-    except struct.error as error:
+    except (struct.error, IndexError) as error:
         raise ValueError(f"Arrow stream is cut short: {error}") from None
     if meta != len(value):
         raise ValueError(f"{len(value) - meta} bytes follow the end of the Arrow stream")
@@ -75,11 +76,11 @@ def _decoded_bytes(value: bytes, message: int, kind: int, body: int) -> int:
     if count * 16 > len(value):
         raise ValueError(f"{count} buffers do not fit into the metadata")
     entries = struct.unpack_from(f"<{2 * count}q", value, vector + 4)
-    total = 0
-    for offset, length in zip(entries[::2], entries[1::2], strict=True):
-        if length:
-            total += max(_I64.unpack_from(value, body + offset)[0], 0)  # -1: stored uncompressed, not copied
-    return total
+    read = _I64.unpack_from
+    lengths = (
+        read(value, body + offset)[0] for offset, length in zip(entries[::2], entries[1::2], strict=True) if length
+    )
+    return sum(length for length in lengths if length > 0)  # -1: stored uncompressed, not copied
 
 
 def _slot(value: bytes, table: int, field: int) -> int:
@@ -92,11 +93,6 @@ def _slot(value: bytes, table: int, field: int) -> int:
 def _scalar(value: bytes, table: int, field: int, kind: struct.Struct) -> int:
     slot = _slot(value, table, field)
     return int(kind.unpack_from(value, table + slot)[0]) if slot else 0
-
-
-def _header_type(value: bytes, message: int) -> int:
-    slot = _slot(value, message, _HEADER_TYPE)
-    return value[message + slot] if slot and message + slot < len(value) else 0
 
 
 def _child(value: bytes, table: int, field: int) -> int:
