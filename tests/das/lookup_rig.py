@@ -77,7 +77,7 @@ class Rig:
     def __init__(self, url: str, topic: str, **config: int) -> None:
         self.sim = Simulation()
         self.telemetry = RecordingTelemetry()
-        self.store = LogitStore(RedisConfig(url=url, socket_timeout_s=0.5), topic=topic, teacher="kunlun", ttl_s=60)
+        self.store = LogitStore(RedisConfig(url=url, socket_timeout_s=2.0), topic=topic, teacher="kunlun", ttl_s=60)
         parsed = LookupConfig.parse({"wait_ms": 10_000, "stall_ms": 2_000, "retry_ms": 500, **config})
         self.lookup = LogitLookup(
             self.store, SCHEMA, self.telemetry, parsed, stop=self.sim, clock=lambda: self.sim.now_s
