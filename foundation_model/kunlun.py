@@ -48,6 +48,7 @@ class Kunlun(nn.Module):
             config.width,
             num_numeric_tokens=config.num_numeric_tokens,
             num_domains=len(spec.domains) if config.domain_token else 0,
+            normalize=config.normalize_numbers,
         )
         self._build_towers(sequences)
         num_history = sum(self._tower(name).n_tok for name in self.towers)

@@ -61,6 +61,8 @@ class KunlunConfig(Config):
     """Tokens of X_sum, WeightGen's summary (ours: 8..16)."""
     num_numeric_tokens: int = Field(4, ge=1)
     """Tokens that the numeric features map to (p: one, or a few)."""
+    normalize_numbers: bool = True
+    """Standardize the numeric features by their running mean and spread (ours)."""
     tower: TowerConfig = TowerConfig()
     """Sizes of every sequence tower that `towers` does not name."""
     towers: dict[str, TowerConfig] = Field(default_factory=dict)

@@ -28,8 +28,11 @@ def group_by_length(sizes_B: Tensor) -> list[Tensor]:
     """Indices of the examples with sizes in (2^(i-1), 2^i], for each i that occurs; size 0 is a group of its own.
 
     Histories are short with a long tail (median 2, longest 50): padding all to the longest would cost fourteen times
-    the rows, padding within a group at most doubles them.
+    the rows, padding within a group at most doubles them. That is for the CPU: on a device, where launches cost more
+    than padding, all examples are one group.
     """
+    if sizes_B.device.type != "cpu":
+        return [torch.arange(len(sizes_B), device=sizes_B.device)]
     power_B = torch.where(sizes_B > 0, sizes_B.clamp(min=1).double().log2().ceil(), -1.0).long()
     return [torch.nonzero(power_B == power).squeeze(1) for power in power_B.unique().tolist()]
 

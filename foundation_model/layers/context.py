@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from foundation_model.layers.running_norm import RunningNorm
+
 
 class ContextTokens(nn.Module):
     """Embedded ids, numbers and the domain as (B, num_tokens, D).
@@ -27,6 +29,7 @@ class ContextTokens(nn.Module):
         *,
         num_numeric_tokens: int,
         num_domains: int,
+        normalize: bool,
     ) -> None:
         super().__init__()
         self.width = width
@@ -34,6 +37,7 @@ class ContextTokens(nn.Module):
         self.weight_CED = nn.Parameter(torch.empty(num_categorical, embedding_dim, width).uniform_(-bound, bound))
         self.bias_CD = nn.Parameter(torch.zeros(num_categorical, width))
         self.num_numeric_tokens = num_numeric_tokens if num_numeric else 0
+        self.normalize = RunningNorm(num_numeric) if normalize and num_numeric else nn.Identity()
         self.numeric = nn.Linear(num_numeric, self.num_numeric_tokens * width) if num_numeric else None
         self.domain = nn.Embedding(num_domains, width) if num_domains else None
         if self.domain is not None:
@@ -49,7 +53,7 @@ class ContextTokens(nn.Module):
         projected_CBD = torch.baddbmm(self.bias_CD[:, None], embedded_BCE.transpose(0, 1), self.weight_CED)
         tokens = [projected_CBD.transpose(0, 1)]
         if self.numeric is not None:
-            tokens.append(self.numeric(num_BN).unflatten(1, (self.num_numeric_tokens, self.width)))
+            tokens.append(self.numeric(self.normalize(num_BN)).unflatten(1, (self.num_numeric_tokens, self.width)))
         if self.domain is not None:
             tokens.append(self.domain(domain_B)[:, None])
         return torch.cat(tokens, dim=1)
