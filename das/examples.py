@@ -6,7 +6,7 @@ numeric features (raw), `<sequence>.<field>` and `<sequence>.time` of each seque
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
 from operator import attrgetter
@@ -130,10 +130,10 @@ def decode_examples(value: bytes | None, schema: FeatureSchema, columns: Sequenc
 
     Columns that the schema does not know are skipped. Raises Poison: `schema` for a missing or retyped column, `arrow`
     for bytes that are not exactly one valid record batch, `size` for one that would decompress to more than
-    MAX_DECODED_BYTES. Raises ValueError for a name in `columns` that is not in `arrow_schema(schema)`.
+    MAX_DECODED_BYTES, `domain` for an unknown domain. Raises ValueError for a name in `columns` that is not in
+    `arrow_schema(schema)`.
     """
-    names = tuple(arrow_schema(schema).names) if columns is None else tuple(columns)
-    wanted = _projection(schema, names)
+    wanted = _projection(schema, None if columns is None else tuple(columns))
     if not value:
         raise Poison("arrow", "empty message")
     try:
@@ -142,36 +142,48 @@ def decode_examples(value: bytes | None, schema: FeatureSchema, columns: Sequenc
             raise Poison("arrow", f"{plan.num_batches} record batches, not 1")
         if plan.decoded_bytes > MAX_DECODED_BYTES:
             raise Poison("size", f"decompresses to {plan.decoded_bytes} bytes, more than {MAX_DECODED_BYTES}")
-        indices = _locate(value[: plan.schema_bytes], wanted)
-        options = pa.ipc.IpcReadOptions(included_fields=sorted(indices), use_threads=False)
+        places, order = _locate(value[: plan.schema_bytes], wanted)
+        options = pa.ipc.IpcReadOptions(included_fields=places, use_threads=False)
         with pa.ipc.open_stream(value, options=options) as reader:
             batch = reader.read_next_batch()
         batch.validate(full=True)
-        order = {index: place for place, index in enumerate(sorted(indices))}
-        picked = pa.RecordBatch.from_arrays([batch.column(order[index]) for index in indices], schema=wanted)
+        arrays = batch.columns
+        picked = pa.RecordBatch.from_arrays([arrays[place] for place in order], schema=wanted.arrow)
     except (pa.ArrowException, ValueError, LookupError, OSError, MemoryError, OverflowError) as error:
         raise Poison("arrow", str(error)[:MAX_DETAIL_CHARS]) from None
-    _check_values(picked, schema)
+    for column, check in zip(picked.columns, wanted.checks, strict=True):
+        check(column)
     return picked
 
 
-@lru_cache(maxsize=64)
-def _projection(schema: FeatureSchema, names: tuple[str, ...]) -> pa.Schema:
-    expected = arrow_schema(schema)
-    unknown = [name for name in names if name not in expected.names]
-    if unknown or len(set(names)) != len(names):
-        raise ValueError(
-            f"columns {unknown or list(names)} are unknown or repeated; known: {', '.join(expected.names)}"
-        )
-    return pa.schema([expected.field(name) for name in names])
+class _Projection:
+    """Some columns of `arrow_schema(schema)`, and what to check of the values of each."""
+
+    def __init__(self, schema: FeatureSchema, names: tuple[str, ...]) -> None:
+        expected = arrow_schema(schema)
+        unknown = [name for name in names if name not in expected.names]
+        if unknown or len(set(names)) != len(names):
+            known = ", ".join(expected.names)
+            raise ValueError(f"columns {unknown or list(names)} are unknown or repeated; known: {known}")
+        self.arrow = pa.schema([expected.field(name) for name in names])
+        self.checks = [_check(field, schema) for field in self.arrow]
 
 
 @lru_cache(maxsize=64)
-def _locate(schema_message: bytes, wanted: pa.Schema) -> tuple[int, ...]:
-    """Where the wanted columns are in a stream with this schema message. Raises Poison if one is missing or retyped."""
+def _projection(schema: FeatureSchema, names: tuple[str, ...] | None) -> _Projection:
+    return _Projection(schema, tuple(arrow_schema(schema).names) if names is None else names)
+
+
+@lru_cache(maxsize=64)
+def _locate(schema_message: bytes, wanted: _Projection) -> tuple[list[int], list[int]]:
+    """The fields to read of a stream with this schema message, and where each wanted column is among them.
+
+    Raises Poison if a column is missing or retyped.
+    """
     found = pa.ipc.read_schema(pa.py_buffer(schema_message))
-    indices, problems = [], []
-    for field in wanted:
+    indices: list[int] = []
+    problems = []
+    for field in wanted.arrow:
         places = found.get_all_field_indices(field.name)
         if len(places) != 1:
             problems.append(f"{field.name} is there {len(places)} times")
@@ -179,28 +191,57 @@ def _locate(schema_message: bytes, wanted: pa.Schema) -> tuple[int, ...]:
             problems.append(f"{field.name} is {found.field(places[0]).type}, not {field.type}")
         indices.extend(places)
     if problems:
-        text = f"{'; '.join(problems)}\nwanted: {_describe(wanted)}\nfound: {_describe(found)}"
+        text = f"{'; '.join(problems)}\nwanted: {_describe(wanted.arrow)}\nfound: {_describe(found)}"
         raise Poison("schema", text[:MAX_DETAIL_CHARS])
-    return tuple(indices)
+    return sorted(indices), [sorted(indices).index(index) for index in indices]
 
 
 def _describe(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
 
 
-def _check_values(batch: pa.RecordBatch, schema: FeatureSchema) -> None:
-    """Refuse what the column types allow and the contract does not. Raises Poison."""
-    for field, column in zip(batch.schema, batch.columns, strict=True):
-        values = column.values if pa.types.is_list(field.type) else column
-        if not field.nullable and (column.null_count or values.null_count):
-            raise Poison("arrow", f"{field.name} has nulls")
-        if pa.types.is_dictionary(values.type) and values.dictionary.null_count:
-            raise Poison("arrow", f"{field.name} has a null in its dictionary")
-        if field.name == "domain" and not set(values.dictionary.to_pylist()) <= set(schema.domains):
-            raise Poison("domain", f"domains {values.dictionary.to_pylist()[:8]} are not all in the schema")
-        if values.type == TIME and len(values):
-            times = values.view(pa.int64()).to_numpy()
-            if times.min() < 0 or times.max() > MAX_TIME_MS:
-                raise Poison("arrow", f"{field.name} has times outside 0 to {MAX_TIME_MS} ms")
-        if field.type == pa.int8() and field.nullable and not {0, 1, None}.issuperset(values.unique().to_pylist()):
-            raise Poison("arrow", f"label {field.name} is not 0, 1 or null")
+def _check(field: pa.Field, schema: FeatureSchema) -> Callable[[pa.Array], None]:
+    """What the contract asks of one column beyond its type. The check raises Poison."""
+    name = field.name
+    if pa.types.is_list(field.type):
+        inner = _check(pa.field(name, field.type.value_type, nullable=False), schema)
+        return lambda column: _check_lists(name, column, inner)
+    if field.type == STRING:
+        allowed = frozenset(schema.domains) if name == "domain" else None
+        return lambda column: _check_strings(name, column, field.nullable, allowed)
+    if field.type == TIME:
+        return lambda column: _check_times(name, column)
+    if name in schema.objective_names:
+        return lambda column: _check_labels(name, column)
+    return (lambda column: None) if field.nullable else (lambda column: _no_nulls(name, column))
+
+
+def _no_nulls(name: str, column: pa.Array) -> None:
+    if column.null_count:
+        raise Poison("arrow", f"{name} has nulls")
+
+
+def _check_lists(name: str, column: pa.Array, inner: Callable[[pa.Array], None]) -> None:
+    _no_nulls(name, column)
+    inner(column.values)
+
+
+def _check_strings(name: str, column: pa.Array, nullable: bool, allowed: frozenset[str] | None) -> None:
+    if not nullable:
+        _no_nulls(name, column)
+    if column.dictionary.null_count:
+        raise Poison("arrow", f"{name} has a null in its dictionary")
+    if allowed is not None and not allowed.issuperset(column.dictionary.to_pylist()):
+        raise Poison("domain", f"{name} has {column.dictionary.to_pylist()[:8]}, not all in the schema")
+
+
+def _check_times(name: str, column: pa.Array) -> None:
+    _no_nulls(name, column)
+    times = column.view(pa.int64()).to_numpy()
+    if len(times) and (times.min() < 0 or times.max() > MAX_TIME_MS):
+        raise Poison("arrow", f"{name} has times outside 0 to {MAX_TIME_MS} ms")
+
+
+def _check_labels(name: str, column: pa.Array) -> None:
+    if not {0, 1, None}.issuperset(column.unique().to_pylist()):
+        raise Poison("arrow", f"label {name} is not 0, 1 or null")

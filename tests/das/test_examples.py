@@ -148,7 +148,10 @@ def test_a_repeated_column_is_refused() -> None:
 
 
 NULL_TAG = pa.DictionaryArray.from_arrays(pa.array([0] * 9, pa.int32()), pa.array([None], pa.string()))
+IDS = pa.list_(pa.field("item", pa.int64(), nullable=False))
 BAD_VALUES: dict[str, tuple[str, pa.Array]] = {
+    "null instead of a list": ("clicks.item", pa.array([None, *[[1]] * 8], IDS)),
+    "null in a required string": ("tag", pa.array([None, *"abcdefgh"]).dictionary_encode()),
     "null in a required column": ("item", pa.array([1, None, *range(7)], pa.int64())),
     "null hidden in a dictionary": ("tag", NULL_TAG),
     "label 2": ("click", pa.array([2] * 9, pa.int8())),
