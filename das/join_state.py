@@ -31,8 +31,8 @@ class JoinState(msgspec.Struct, frozen=True, kw_only=True):
     """State of one partition after one message. Pairs are (impressions, feedback); offsets are the next to read.
 
     Rebuilding reads the inputs again from `replay`, where their greatest event times were `replay_max_ms`; rows up to
-    `key` that were read before `next` have left. `ends` are the offsets after the last end-of-stream handed on; `ended` says which
-    input has ended since.
+    `key` that were read before `next` have left. `ends` are the offsets after the last end-of-stream handed on;
+    `ended` says which input has ended since.
     """
 
     seq: int

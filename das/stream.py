@@ -21,6 +21,7 @@ from kafka.coordinator.assignors.range import RangePartitionAssignor
 from das.broker import KafkaConfig, TopicsConfig, create_topics, open_client, translate, wait_for_broker
 from das.deadline import Deadline
 from das.errors import Fatal, Retryable
+from das.sink import KafkaSink
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,9 @@ class RecordSource(Protocol):
 
     def position(self, partition: TopicPartition) -> int:
         """The next offset that `poll` will deliver."""
+
+    def reachable(self, timeout_s: float) -> bool:
+        """Whether the broker answers now."""
 
     def close(self) -> None:
         """Leave the group and close the connections."""
@@ -274,6 +278,15 @@ class KafkaSource:
             raise translate(error, self._config) from error
         return {TopicPartition(*tp): offset for tp, offset in found.items()}
 
+    def reachable(self, timeout_s: float) -> bool:
+        """Whether the broker answers a request about what is being read."""
+        wanted = [kafka.TopicPartition(*tp) for tp in list(self._next)[:1]]
+        try:
+            self._consumer.beginning_offsets(wanted, timeout_ms=int(timeout_s * 1000))
+        except kafka_errors.KafkaError:
+            return False
+        return True
+
     def end_offset_hint(self, partition: TopicPartition) -> int:
         """The broker's answer to `end_offsets`: the end, or too low by less than one producer batch."""
         wanted = kafka.TopicPartition(*partition)
@@ -294,80 +307,6 @@ class KafkaSource:
     def close(self) -> None:
         """See RecordSource."""
         self._consumer.close(autocommit=False, timeout_ms=5000)
-
-
-class KafkaSink:
-    """Sends records with all acknowledgements and no duplicates; unacknowledged bytes are bounded."""
-
-    def __init__(self, config: KafkaConfig) -> None:
-        timeout_ms = int(config.produce_timeout_s * 1000)
-        options = {
-            "acks": "all",
-            "compression_type": config.compression,
-            "linger_ms": 5,
-            "batch_size": 256 << 10,
-            "max_request_size": config.max_message_bytes,
-            "delivery_timeout_ms": timeout_ms + 1000,
-            "request_timeout_ms": timeout_ms,
-            "max_block_ms": timeout_ms,
-            "allow_auto_create_topics": False,
-        }
-        self._config = config
-        self._producer = open_client(kafka.KafkaProducer, config, options)
-        self._in_flight: deque[tuple[Any, int]] = deque()
-        self._in_flight_bytes = 0
-
-    def send(
-        self,
-        topic: str,
-        partition: int,
-        key: bytes | None,
-        value: bytes | None,
-        headers: Mapping[str, bytes] | None = None,
-        timestamp_ms: int | None = None,
-    ) -> None:
-        """Queue one record; waits for acknowledgements when too many bytes are in flight.
-
-        Raises Retryable or Fatal, perhaps for an earlier record.
-        """
-        value = b"" if value is None and key is None else value
-        try:
-            future = self._producer.send(
-                topic, value, key=key, headers=list((headers or {}).items()), partition=partition,
-                timestamp_ms=timestamp_ms,
-            )  # fmt: skip
-        except kafka_errors.KafkaError as error:
-            raise translate(error, self._config) from error
-        size = len(value or b"") + len(key or b"")
-        self._in_flight.append((future, size))
-        self._in_flight_bytes += size
-        deadline = Deadline.after(self._config.produce_timeout_s)
-        while self._in_flight and (
-            self._in_flight[0][0].is_done or self._in_flight_bytes > self._config.max_in_flight_bytes
-        ):
-            self._settle(deadline)
-
-    def flush(self, timeout_s: float) -> None:
-        """Wait until everything sent is acknowledged. Raises Retryable or Fatal if anything was not."""
-        deadline = Deadline.after(timeout_s)
-        try:
-            self._producer.flush(timeout=timeout_s)
-        except kafka_errors.KafkaError as error:
-            raise translate(error, self._config) from error
-        while self._in_flight:
-            self._settle(deadline)
-
-    def _settle(self, deadline: Deadline) -> None:
-        future, size = self._in_flight.popleft()
-        self._in_flight_bytes -= size
-        try:
-            future.get(timeout=deadline.left_s)
-        except kafka_errors.KafkaError as error:
-            raise translate(error, self._config) from error
-
-    def close(self) -> None:
-        """Close the connections; records not flushed may be lost."""
-        self._producer.close(timeout=5)
 
 
 def read_tail(config: KafkaConfig, tp: TopicPartition, count: int, deadline: Deadline) -> list[Record]:

@@ -26,6 +26,11 @@ class JoinWatermark:
         self._active_s: list[float | None] = [None, None]
         self._silent: tuple[float, int] | None = None
 
+    @property
+    def lag_ms(self) -> int:
+        """Event time from the watermark to the newest record; 0 before there is a watermark."""
+        return max(0, max(self.max_event_ms) - self.value_ms) if self.value_ms > NEVER_MS // 2 else 0
+
     def input_ms(self, side: int) -> int:
         """The watermark of one input, from its records alone."""
         return self.max_event_ms[side] - self._lateness_ms
