@@ -27,7 +27,6 @@ def run(name: str, settings_file: Path) -> int:
 def train(context: Context) -> None:
     """Resume from the newest snapshot, then train. Raises ConfigError, Retryable or Fatal."""
     from foundation_model.snapshot_folder import SnapshotFolder
-    from foundation_model.snapshot_folder import SnapshotFolder
     from vertical_models.checkpoint import resume
     from vertical_models.online import StudentLoop
     from vertical_models.trainer import StudentTrainer

@@ -42,7 +42,7 @@ def settings(folder: Path, *, rows: int, speed: float | str = "max", **changes: 
         "embedded": {"kafka": True, "redis": True},
         "supervisor": {"backoff_initial_s": 0.2},
         "replay": {"dataset": str(KUAIRAND / "dataset.yaml"), "speed": speed, "limit": rows},
-        "joiner": {"batch_rows": 32},
+        "joiner": {"batch_rows": 32, "linger_ms": 86_400_000, "idle_timeout_s": None, "session_timeout_s": 6},
         "teacher": {"device": "cpu", "model": MODEL, "snapshot_every_messages": 5},
         "students": [
             {**student, "name": "plain"},

@@ -109,7 +109,7 @@ def test_a_lost_broker_log_ends_the_pipeline_and_says_why(small: Up) -> None:
 def test_processes_and_servers_do_not_outlive_a_killed_supervisor(small: Up) -> None:
     pids = [p["pid"] for p in small.status()["processes"]]
     small.process.kill()
-    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids], timeout=20)
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids], timeout=20)
     assert alive == []
 
 
