@@ -33,7 +33,8 @@ from vertical_models.trainer import StudentTrainer
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
-POLL_MESSAGES = 16
+POLL_MESSAGES = 4
+"""Few: their logits are waited for together."""
 RETRY_S = 1.0
 GAUGES_EVERY_STEPS = 20
 AGES_PER_STEP = 4
@@ -117,12 +118,13 @@ class StudentLoop:
         """Read messages and decide, once, which of them have logits."""
         messages = self._poll(stop)  # 1. read
         fault.point("student.after_poll")
-        blocks = self._attach(messages)  # 2. attach logits: a bounded wait
+        rows = [self._own_rows(message) for message in messages]
+        blocks = self._attach([m for m, own in zip(messages, rows, strict=True) if len(own)])  # 2. a bounded wait
         if stop.is_set():
             return  # the wait may have been cut short: nothing is decided, and nothing of this is trained
         fault.point("student.after_lookup")
-        for message, block in zip(messages, blocks, strict=True):
-            self._buffer.add(self._segment(message, block))
+        for message, own in zip(messages, rows, strict=True):
+            self._buffer.add(self._segment(message, own, blocks.get((message.partition, message.offset))))
 
     def _step(self, rows: int) -> None:
         """Train on the next rows, and save when it is time."""
@@ -174,15 +176,16 @@ class StudentLoop:
                 stop.wait(RETRY_S)
         return []
 
-    def _attach(self, messages: Sequence[ExampleMessage]) -> Sequence[LogitBlock | None]:
+    def _attach(self, messages: Sequence[ExampleMessage]) -> dict[tuple[int, int], LogitBlock]:
+        """Blocks by partition and offset, where there are any and none was missed in an earlier life."""
         if self._lookup is None or not messages:
-            return [None] * len(messages)
-        blocks = self._lookup.attach(messages)
-        keys = [(m.partition, m.offset) for m in messages]
-        return [None if key in self._misses else block for key, block in zip(keys, blocks, strict=True)]
+            return {}
+        found = zip(messages, self._lookup.attach(messages), strict=True)
+        blocks = {(m.partition, m.offset): block for m, block in found if block is not None}
+        return {key: block for key, block in blocks.items() if key not in self._misses}
 
-    def _segment(self, message: ExampleMessage, block: LogitBlock | None) -> Segment:
-        """The student's rows of one message that were not trained before."""
+    def _own_rows(self, message: ExampleMessage) -> np.ndarray:
+        """Indices of the rows that are of the student's domains and were not trained before."""
         first = start_row(self._next, message.partition, message.offset)
         if first < 0:
             self._telemetry.count("exfm_invariant_violations_total", invariant="once")
@@ -191,24 +194,23 @@ class StudentLoop:
                 f"{self._next[message.partition]}; its rows were trained already"
             )
         self._next[message.partition] = Position(message.offset + 1)
-        rows = self._own_rows(message, first)
-        if not len(rows):
-            return Segment(message.partition, message.offset, [], None, None, block is not None)
-        batch = self._trainer.encoder.encode(message.batch, rows)
-        if block is not None:
-            gap_s = (batch.event_time_ms_B - block.trained_through_ms) / 1000
-            self._freshness_gap.add(gap_s)
-            self._telemetry.observe("exfm_freshness_gap_seconds", float(gap_s.mean()))
-        teacher = self._trainer.targets(block, rows, batch)
-        return Segment(message.partition, message.offset, rows.tolist(), batch, teacher, block is not None)
-
-    def _own_rows(self, message: ExampleMessage, first: int) -> np.ndarray:
-        """Indices of the rows from `first` on whose domain is the student's."""
         column = message.batch.column("domain")
         mine = np.array([name in self._allowed for name in column.dictionary.to_pylist()], bool)
         keep = mine[column.indices.to_numpy()] if len(mine) else np.zeros(message.batch.num_rows, bool)
         keep[:first] = False
         return np.flatnonzero(keep)
+
+    def _segment(self, message: ExampleMessage, rows: np.ndarray, block: LogitBlock | None) -> Segment:
+        """The student's rows of one message, encoded."""
+        if not len(rows):
+            return Segment(message.partition, message.offset, [], None, None, False)
+        batch = self._trainer.encoder.encode(message.batch, rows)
+        if block is not None:
+            gap_s = (batch.event_time_ms_B - block.trained_through_ms) / 1000
+            self._freshness_gap.add(gap_s)
+            self._telemetry.observe("exfm_freshness_gap_seconds", max(0.0, float(gap_s.mean())))
+        teacher = self._trainer.targets(block, rows, batch)
+        return Segment(message.partition, message.offset, rows.tolist(), batch, teacher, block is not None)
 
     def _observe(self, item: TrainingBatch, began_s: float) -> None:
         """Rates and ages; a few rows of each batch stand for all of them in the histogram."""

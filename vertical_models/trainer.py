@@ -53,7 +53,7 @@ class StudentTrainer:
         *,
         telemetry: Telemetry | None = None,
     ) -> None:
-        """Sets torch's thread count and seed. Raises ConfigError where the config does not fit the schema or the machine."""
+        """Sets torch's thread count and seed. Raises ConfigError where the config does not fit schema or machine."""
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.config = config

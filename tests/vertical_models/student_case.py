@@ -64,7 +64,7 @@ def rows(count: int, seed: int = 0) -> list[JoinedRow]:
 
 def _row(codec: MessageCodec, rng: np.random.Generator, i: int, seed: int) -> JoinedRow:
     now_ms, item, past = START_MS + 1000 * i, int(rng.integers(40)), int(rng.integers(0, 9))
-    domain = str(rng.choice(["feed", "feed", "search", "mail"]))
+    domain = str(rng.choice(SCHEMA.domains, p=[0.55, 0.4, 0.05]))
     features = {
         "user_id": int(rng.integers(20)),
         "item": item,

@@ -108,7 +108,7 @@ class Stream:
         release_ms = 1000 * seq + 300 * partition
         state = JoinState(
             seq=seq, key=ReleaseKey(release_ms, "x"), first_release_ms=release_ms, last_release_ms=release_ms,
-            next=(0, 0), replay=(0, 0), replay_max_ms=(0, 0), ends=(0, 0),
+            next=(0, 0), replay=(0, 0), replay_max_ms=(0, 0), ends=(0, 0), ended=(False, False),
         )  # fmt: skip
         headers = {HEADER_FORMAT: b"1", HEADER_SEQ: b"%d" % seq, HEADER_JOIN: encode_state(state)}
         headers[HEADER_ROWS] = b"%d" % ROWS if value else b"0"

@@ -18,13 +18,14 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from student_case import SCHEMA, record_batch, student_config
-from student_process import ROWS, Spec, Stream, WitnessTrainer, student
+from student_case import SCHEMA, messages, record_batch, student_config
+from student_process import MAX_MESSAGES, ROWS, Spec, Stream, WitnessTrainer, student
 
 from das import fault
 from das.deadline import Deadline
 from das.errors import Fatal, Retryable
 from das.example_source import ExampleMessage
+from das.examples import decode_examples
 from das.position import Position, Positions
 from das.stream import KafkaSource, TopicPartition
 from das.telemetry import NullTelemetry, RecordingTelemetry
@@ -192,6 +193,23 @@ def test_rows_of_other_domains_are_passed_over(make_spec: Callable[..., Spec]) -
     assert [(p["domain"], p["objective"]) for p in _results(spec)["portfolios"]] == [("mail", "click")]
     assert int(trainer.wrong) == 0
     assert torch.equal(trainer.seen, trainer.hit)
+
+
+def test_logits_of_messages_without_its_rows_are_not_waited_for(make_spec: Callable[..., Spec]) -> None:
+    lookup = {"wait_ms": 60_000, "stall_ms": 60_000}
+    spec = make_spec(domains=["mail"], objectives=["click"], batch_rows=1, lookup=lookup)
+    with _stream(spec, score=False) as stream:
+        mail = {(p, o): "mail" in _domains(p, o) for p, count in enumerate(COUNTS) for o in range(count)}
+        assert not all(mail.values())
+        for partition, count in enumerate(COUNTS):
+            stream.score(partition, [o for o in range(count) if mail[partition, o]], watermark=0)
+        trainer = _run(spec)
+    assert trainer.counts.rows_total == trainer.counts.rows_with_logits > 0
+
+
+def _domains(partition: int, offset: int) -> list[str]:
+    value = messages(MAX_MESSAGES, ROWS, seed=partition)[offset]
+    return list(decode_examples(value, SCHEMA, ["domain"]).column("domain").to_pylist())
 
 
 def test_a_student_without_distillation_needs_no_store(make_spec: Callable[..., Spec]) -> None:

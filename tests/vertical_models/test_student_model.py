@@ -151,9 +151,9 @@ def test_padding_has_no_effect_on_logits() -> None:
     inputs = model.inputs(batch)
     expected = model(inputs)
     padded = dict(inputs)
-    for name in ("clicks.ids", "clicks.age_s"):
-        junk = torch.full_like(inputs[name], 17)[:, :3]
-        padded[name] = torch.cat([inputs[name], junk], 1)
+    candidate_BF = inputs["categorical"][:, None, 1:3].expand(-1, 3, -1)  # an event in the padding that would match
+    padded["clicks.ids"] = torch.cat([inputs["clicks.ids"], candidate_BF], 1)
+    padded["clicks.age_s"] = torch.cat([inputs["clicks.age_s"], torch.zeros(batch.num_rows, 3)], 1)
     torch.testing.assert_close(model(padded), expected, atol=1e-6, rtol=1e-6)
 
 
