@@ -12,7 +12,7 @@ class JoinWatermark:
     """The minimum of two inputs' watermarks; never goes back.
 
     An input's watermark is its greatest event time - allowed lateness - 1 ms: nothing up to it is expected any more.
-    An input that showed nothing for `idle_timeout_s` is left out while the other moves; when both are silent the
+    An input that showed nothing for `idle_timeout_s` while the other moved is left out; when both are silent the
     watermark moves with the clock. `idle_timeout_s=None` turns both off: the result then depends on the records
     alone. Time is passed in, as monotonic seconds.
     """
@@ -23,7 +23,7 @@ class JoinWatermark:
         self.max_event_ms = [NEVER_MS, NEVER_MS]
         self.ended = [False, False]
         self.value_ms = NEVER_MS
-        self._active_s: list[float | None] = [None, None]
+        self._silent_since_s: list[float | None] = [None, None]
         self._silent: tuple[float, int] | None = None
 
     @property
@@ -42,16 +42,16 @@ class JoinWatermark:
 
     def active(self, side: int, now_s: float) -> None:
         """Note that an input has records, or may have some that could not be read."""
-        self._active_s[side] = now_s
+        if self.idle(side, now_s):  # it wakes up: the other one now gets as long to show something
+            self._silent_since_s = [now_s, now_s]
+        self._silent_since_s[side] = now_s
 
     def idle(self, side: int, now_s: float) -> bool:
         """Whether an input is left out."""
         if self._idle_timeout_s is None:
             return False
-        since = self._active_s[side]
-        if since is None:
-            since = self._active_s[side] = now_s
-        return now_s - since > self._idle_timeout_s
+        since_s = self._silent_since_s[side]
+        return since_s is None or now_s - since_s > self._idle_timeout_s
 
     def advance(self, now_s: float) -> int:
         """The join watermark now."""

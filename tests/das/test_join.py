@@ -268,12 +268,26 @@ def test_both_silent_inputs_release_everything_with_the_clock() -> None:
 
 def test_silent_feedback_is_left_out_while_impressions_move() -> None:
     harness = fed([("x", 1000, "a")], [], idle_timeout_s=10)
-    harness.cut()
-    harness.now_s = 11.0
-    harness.join.watermark.active(IMPRESSIONS, 11.0)
-    harness.join.impression(1, "z", 5000, "a", 7, b"z")
-    harness.cut()
+    for offset, now_s in ((1, 5.0), (2, 9.0), (3, 11.0)):
+        assert harness.out == []
+        harness.now_s = now_s
+        harness.join.watermark.active(IMPRESSIONS, now_s)
+        harness.join.impression(offset, f"z{offset}", 5000, "a", 7, b"z")
+        harness.cut()
     assert harness.messages() == [[("x", (0, None))]]
+
+
+def test_impressions_after_a_silence_wait_for_feedback_that_is_on_its_way() -> None:
+    harness = fed([], [], idle_timeout_s=10)
+    harness.now_s = 100.0
+    harness.logs[IMPRESSIONS][:0] = [("x", 1000, "a"), ("z", 5000, "a")]
+    harness.logs[FEEDBACK][:0] = [("x", "click", 1001, 1.0)]
+    for side in (IMPRESSIONS, IMPRESSIONS, FEEDBACK):
+        harness.feed(side)
+        harness.cut()
+        assert harness.out == []
+    harness.run(random.Random(0))
+    assert harness.messages()[0] == [("x", (1, None))]
 
 
 def test_memory_is_bounded() -> None:
