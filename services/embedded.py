@@ -80,7 +80,7 @@ def start_broker(folder: Path, port: int | None = None) -> Server:
 def start_redis(folder: Path, port: int | None = None, *, append_only: bool = True) -> Server:
     """Start Redis with `noeviction` (a full store is back-pressure, never silent loss)."""
     port = port or free_port()
-    command = [redis_binary(), "--bind", HOST, "--port", str(port), "--dir", str(folder), "--save", ""]
+    command = [redis_binary(), "--bind", HOST, "--port", str(port), "--dir", str(folder.resolve()), "--save", ""]
     command += ["--appendonly", "yes" if append_only else "no", "--maxmemory-policy", "noeviction"]
     return _start("redis", command, folder, port)
 
