@@ -110,7 +110,7 @@ class _Demo:
         if rows:
             print_table(rows, self._console)
             draw(rows, self._out / "demo.png", "Progressive normalized entropy over the stream")
-        self._write(rows, problems)
+        self._write(rows, results, problems)
         return self._conclude(problems)
 
     def _supervise(self, stop: threading.Event) -> list[str]:
@@ -156,7 +156,7 @@ class _Demo:
                 found.append(f"{state['name']} ended with exit code {state['exit_code']}")
         return found
 
-    def _write(self, rows: list[dict[str, Any]], problems: list[str]) -> None:
+    def _write(self, rows: list[dict[str, Any]], results: list[dict[str, Any]], problems: list[str]) -> None:
         latest = self._collector.latest
         document: Mapping[str, Any] = {
             "demo": "kuairand",
@@ -176,6 +176,7 @@ class _Demo:
             "wall_s": round(time.monotonic() - self._started_s, 1),
             "memory_peak_bytes": self._collector.peak_rss_bytes,
             "restarts": latest.get("restarts", 0),
+            "models": [{k: v for k, v in result.items() if k != "portfolios"} for result in results],
             "table": rows,
         }
         text = json.dumps(document, indent=1, allow_nan=False, default=str)

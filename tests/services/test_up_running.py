@@ -119,5 +119,5 @@ def test_a_refused_configuration_stops_the_pipeline_with_its_message(tmp_path: P
         assert run.finish(60) == 2
     finally:
         run.close()
-    assert "teacher: configuration refused" in run.stderr
+    assert "configuration refused: settings: teacher" in run.stderr
     assert "did you mean 'model'" in run.stderr
