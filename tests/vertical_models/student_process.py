@@ -40,8 +40,8 @@ from vertical_models.online import StudentLoop
 from vertical_models.row_buffer import TrainingBatch
 from vertical_models.trainer import StudentTrainer
 
-ROWS = 24
-"""Rows of each message."""
+ROWS = 21
+"""Rows of each message; neither a batch nor a poll ends where a message does."""
 MAX_MESSAGES = 64
 
 

@@ -309,17 +309,22 @@ def test_a_store_that_is_killed_costs_logits_only(make_spec: Callable[..., Spec]
         server.stop()
 
 
-def test_asked_to_stop_while_waiting_for_logits_nothing_undecided_is_trained(make_spec: Callable[..., Spec]) -> None:
-    spec = _one_partition(make_spec(lookup={"wait_ms": 60_000, "stall_ms": 60_000}))
-    with _stream(spec, (4,), score=False) as stream:
+def test_asked_to_stop_while_waiting_for_logits_nothing_is_decided(make_spec: Callable[..., Spec]) -> None:
+    lookup = {"wait_ms": 60_000, "stall_ms": 60_000}
+    spec = _one_partition(make_spec(stop_at_end=False, batch_rows=16, lookup=lookup))
+    with _stream(spec, (1,), end=False) as stream:
         began_s = time.monotonic()
         with _live(spec) as live:
-            live.until(lambda: live.loop._source.lag == {0: 0} or time.monotonic() - began_s > 1)
+            live.rows(16)
+            stream.put(0, 3)
+            live.until(lambda: live.loop._next == {0: Position(4)})  # read, and now waited for
         assert time.monotonic() - began_s < 8
-        assert live.trainer.counts.rows_total == 0
-        stream.score(0, range(4))
-        trainer = _run(spec)
+        assert live.trainer.counts.rows_total == 16
+        stream.score(0, range(1, 4))
+        stream.end()
+        trainer = _run(msgspec.structs.replace(spec, stop_at_end=True))
     assert trainer.counts.rows_with_logits == trainer.counts.rows_total == 4 * ROWS
+    _assert_seen_once(_snapshot(spec), (4,))
 
 
 def test_whether_a_message_had_logits_is_decided_once(make_spec: Callable[..., Spec]) -> None:
