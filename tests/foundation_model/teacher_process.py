@@ -78,6 +78,7 @@ def _headers(seq: int, value: bytes) -> dict[str, bytes]:
         replay=(0, 0),
         replay_max_ms=(0, 0),
         ends=(0, 0),
+        ended=(False, False),
     )
     headers = {HEADER_FORMAT: b"1", HEADER_SEQ: b"%d" % seq, HEADER_JOIN: encode_state(state)}
     if value:

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,19 @@ def _process(spec: Spec, faults: str | None = None) -> BaseProcess:
     process = context.Process(target=main, args=(spec, faults))
     process.start()
     return process
+
+
+@contextmanager
+def _running(loop: TeacherLoop, stop: threading.Event | None = None) -> Iterator[threading.Thread]:
+    """The loop in a thread, which does not outlive the block even if the test fails."""
+    stop = stop or threading.Event()
+    thread = threading.Thread(target=loop.run, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        stop.set()
+        thread.join(10)
 
 
 def _lines(spec: Spec) -> list[str]:
@@ -189,6 +203,21 @@ def test_steps_of_several_messages_are_cut_alike_after_a_crash(make_spec: SpecMa
     _equal(_snapshot(spec), _snapshot(golden))
 
 
+def test_a_step_is_cut_by_position_however_slowly_messages_come(make_spec: SpecMaker) -> None:
+    slow, golden = make_spec("slow", messages_per_step=5), make_spec("golden", name="golden", messages_per_step=5)
+    publish(slow, [7, 7], end=False)
+    with teacher(slow) as loop, _running(loop) as thread:
+        _until(lambda: loop._trainer.version == 2)
+        time.sleep(0.5)
+        assert loop._trainer.version == 2  # four messages are left, and wait for a fifth
+        publish(slow, [7, 3], starts=[7, 7])
+        thread.join(30)
+        assert not thread.is_alive()
+        assert loop._trainer.version == 5
+    _run(golden)
+    _equal(_snapshot(slow), _snapshot(golden))
+
+
 def test_sigterm_leaves_nothing_to_repeat(make_spec: SpecMaker) -> None:
     spec = msgspec.structs.replace(make_spec(snapshot_every_messages=1000), stop_at_end=False)
     publish(spec, COUNTS, end=False)
@@ -282,9 +311,7 @@ def test_a_store_that_is_away_is_waited_for_and_nothing_is_trained_meanwhile(
     telemetry = RecordingTelemetry()
     fault.arm("teacher.after_train:5:delay")
     try:
-        with teacher(spec, telemetry) as loop:
-            thread = threading.Thread(target=loop.run, args=(threading.Event(),))
-            thread.start()
+        with teacher(spec, telemetry) as loop, _running(loop) as thread:
             _until(lambda: loop._trainer.version == 5)
             server.process.kill()
             server.process.wait()
@@ -325,9 +352,7 @@ def test_stop_during_an_outage_ends_at_once_without_the_step(make_spec: SpecMake
     spec = msgspec.structs.replace(make_spec(), redis_url=f"redis://{server.address}/0")
     publish(spec, COUNTS)
     fault.arm("teacher.after_train:5:delay")
-    with teacher(spec) as loop:
-        thread = threading.Thread(target=loop.run, args=(stop,))
-        thread.start()
+    with teacher(spec) as loop, _running(loop, stop) as thread:
         _until(lambda: loop._trainer.version == 5)
         server.stop()
         time.sleep(fault.DELAY_S + 0.5)
@@ -374,7 +399,7 @@ def test_a_second_teacher_takes_the_partitions_over(make_spec: SpecMaker) -> Non
             except Fatal as error:
                 errors.append(error)
 
-    thread = threading.Thread(target=first)
+    thread = threading.Thread(target=first, daemon=True)
     thread.start()
     _until(lambda: fault._plan.passes.get("teacher.before_put", 0) == 3)
     other = spec.store()
