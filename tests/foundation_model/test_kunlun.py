@@ -159,6 +159,16 @@ def test_the_history_reaches_the_logits_and_so_does_its_age() -> None:
     assert not torch.allclose(after[1], model(batch)[1], atol=1e-6)
 
 
+def test_without_time_encoding_ages_change_nothing() -> None:
+    batch = make_batch([3, 4], [2, 2])
+    aged = make_batch([3, 4], [2, 2])
+    for sequence_ in aged.seqs.values():
+        sequence_.age_s.mul_(3.0)
+    model = make_model(time_encoding=False)
+    assert torch.equal(model(batch), model(aged))
+    assert not torch.allclose(make_model()(batch), make_model()(aged), atol=1e-6)
+
+
 def test_context_reaches_the_sequence_through_gdpa() -> None:
     """With the interaction's path to the head cut, a number can still move the logits through GDPA's keys."""
     model, batch = make_model(num_layers=1), make_batch([3], [2])
