@@ -71,6 +71,12 @@ class ProgressiveMetrics:
         names = (f"{domain}/{objective}" for domain in (ALL, *self._domains) for objective in self._objectives)
         return tuple(name for name in names if name in self._portfolios)
 
+    def evaluated(self, event_time_ms_B: np.ndarray) -> np.ndarray:
+        """Which rows are late enough to be evaluated: bool (B)."""
+        if self._eval_from_ms is None:
+            return np.ones(event_time_ms_B.shape, bool)
+        return event_time_ms_B >= self._eval_from_ms
+
     def update(
         self,
         logits_BK: np.ndarray,
@@ -80,9 +86,7 @@ class ProgressiveMetrics:
         event_time_ms_B: np.ndarray,
     ) -> None:
         """Count a batch of finite logits made before training on it; rows in stream order."""
-        keep_BK = mask_BK.astype(bool)
-        if self._eval_from_ms is not None:
-            keep_BK = keep_BK & (event_time_ms_B >= self._eval_from_ms)[:, None]
+        keep_BK = mask_BK.astype(bool) & self.evaluated(event_time_ms_B)[:, None]
         present = np.unique(domain_B)
         for k, objective in enumerate(self._objectives):
             rows = np.flatnonzero(keep_BK[:, k])

@@ -122,6 +122,7 @@ class TeacherLoop:
                 self._finish()
                 if self._stop_at_end:
                     return
+                stop.wait(POLL_S)
         self._save_if_new()
 
     def _next_messages(self, stop: threading.Event) -> list[ExampleMessage]:
@@ -265,7 +266,7 @@ class TeacherLoop:
         self._busy_s += self._last_s - began_s
         self._telemetry.observe("exfm_step_seconds", self._last_s - began_s)
         age_s = time.time() - batch.ingest_time_ms_B / 1000
-        self._event_to_trained.add(age_s)
+        self._event_to_trained.add(age_s[self._trainer.metrics.evaluated(batch.event_time_ms_B)])
         for age in np.quantile(age_s, np.linspace(0, 1, AGES_PER_STEP)):
             self._telemetry.observe("exfm_event_to_trained_seconds", max(0.0, float(age)))
         if self._trainer.version % GAUGES_EVERY_STEPS == 0:

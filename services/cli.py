@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 topics = typer.Typer(help="The Kafka topics of a pipeline.", no_args_is_help=True)
 app.add_typer(topics, name="topics")
+bench = typer.Typer(help="Measurements, each beside its baseline in the same run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 SettingsFile = Annotated[
     Path, typer.Option("--settings", "-s", help="Settings file (YAML); EXFM_A__B=value overrides a.b.")
@@ -153,6 +155,21 @@ def topics_describe(settings: SettingsFile) -> None:
     from services.topics import describe
 
     raise typer.Exit(describe(settings))
+
+
+@bench.command("demo")
+def bench_demo(
+    json_file: Annotated[Path, typer.Option("--json", help="File to write the result rows to.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run folders.")] = Path("runs/bench-demo"),
+    device: Annotated[str, typer.Option(help="Device of the teacher; the baseline runs it on cpu.")] = "cuda",
+    rows: Annotated[int | None, typer.Option(help="Rows of the full-speed runs.")] = None,
+    pace: Annotated[float, typer.Option(help="Event time per wall time of the paced runs.")] = 6000.0,
+    paced_rows: Annotated[int, typer.Option(help="Rows of the paced runs.")] = 60_000,
+) -> None:
+    """Throughput and latency of the demo's loop with the teacher on a device."""
+    from services.bench.demo import run
+
+    run(json_file, out, device=device, rows=rows, pace=pace, paced_rows=paced_rows)
 
 
 def _given(**options: Any) -> dict[str, Any]:

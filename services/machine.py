@@ -35,13 +35,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, with `-dirty` for uncommitted changes; None outside a git checkout."""
+    """The commit of the source tree, with `-dirty` for uncommitted changes; outside a checkout that of EXFM_COMMIT."""
     root = Path(__file__).resolve().parent.parent
     try:
         head = _git(root, "rev-parse", "HEAD")
         return f"{head}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else head
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("EXFM_COMMIT")
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import xxhash
 import yaml
-from das.joiner import JoinerConfig
 from pydantic import Field, model_validator
 
 from das.broker import KafkaConfig
 from das.config import Config, read_yaml
 from das.errors import ConfigError
+from das.joiner import JoinerConfig
 from das.quarantine import QuarantineLimit
 from das.redis_client import RedisConfig
 from services.health import HealthConfig
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vertical_models.config import StudentConfig
 
 PREFIX = "EXFM_"
-NOT_SETTINGS = frozenset({"EXFM_FAULTS", "EXFM_SUPERVISED"})
+NOT_SETTINGS = frozenset({"EXFM_COMMIT", "EXFM_FAULTS", "EXFM_SUPERVISED"})
 NOT_SETTINGS_PREFIX = "EXFM_TEST_"
 
 

@@ -220,7 +220,7 @@ class StudentLoop:
         self._rows_here += item.batch.num_rows
         self._telemetry.observe("exfm_step_seconds", self._last_s - began_s)
         age_s = time.time() - item.batch.ingest_time_ms_B / 1000
-        self._event_to_trained.add(age_s)
+        self._event_to_trained.add(age_s[self._trainer.metrics.evaluated(item.batch.event_time_ms_B)])
         for age in np.quantile(age_s, np.linspace(0, 1, AGES_PER_STEP)):
             self._telemetry.observe("exfm_event_to_trained_seconds", max(0.0, float(age)))
         if self._trainer.counts.steps % GAUGES_EVERY_STEPS == 0:
