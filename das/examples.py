@@ -130,8 +130,8 @@ def decode_examples(value: bytes | None, schema: FeatureSchema, columns: Sequenc
 
     Columns that the schema does not know are skipped. Raises Poison: `schema` for a missing or retyped column, `arrow`
     for bytes that are not exactly one valid record batch, `size` for one that would decompress to more than
-    MAX_DECODED_BYTES, `domain` for an unknown domain. Raises ValueError for a name in `columns` that is not in
-    `arrow_schema(schema)`.
+    MAX_DECODED_BYTES, `domain` for an unknown domain, `sequence` for one that is too long or whose columns differ in
+    length. Raises ValueError for a name in `columns` that is not in `arrow_schema(schema)`.
     """
     wanted = _projection(schema, None if columns is None else tuple(columns))
     if not value:
@@ -153,6 +153,8 @@ def decode_examples(value: bytes | None, schema: FeatureSchema, columns: Sequenc
         raise Poison("arrow", str(error)[:MAX_DETAIL_CHARS]) from None
     for column, check in zip(picked.columns, wanted.checks, strict=True):
         check(column)
+    for members, max_length in wanted.sequences:
+        _check_lengths(picked, members, max_length)
     return picked
 
 
@@ -167,6 +169,9 @@ class _Projection:
             raise ValueError(f"columns {unknown or list(names)} are unknown or repeated; known: {known}")
         self.arrow = pa.schema([expected.field(name) for name in names])
         self.checks = [_check(field, schema) for field in self.arrow]
+        columns = {s: [s.column(f) for f in [*(f.name for f in s.fields), "time"]] for s in schema.sequences}
+        members = [([names.index(c) for c in own if c in names], s.max_length) for s, own in columns.items()]
+        self.sequences = [(places, max_length) for places, max_length in members if places]
 
 
 @lru_cache(maxsize=64)
@@ -224,6 +229,17 @@ def _no_nulls(name: str, column: pa.Array) -> None:
 def _check_lists(name: str, column: pa.Array, inner: Callable[[pa.Array], None]) -> None:
     _no_nulls(name, column)
     inner(column.values)
+
+
+def _check_lengths(batch: pa.RecordBatch, members: list[int], max_length: int) -> None:
+    """The columns of one sequence have the same lengths, at most `max_length`."""
+    names = batch.schema.names
+    lengths = np.diff(batch.column(members[0]).offsets.to_numpy())
+    if lengths.size and lengths.max() > max_length:
+        raise Poison("sequence", f"{names[members[0]]} has {lengths.max()} events, max_length is {max_length}")
+    for place in members[1:]:
+        if not np.array_equal(np.diff(batch.column(place).offsets.to_numpy()), lengths):
+            raise Poison("sequence", f"{names[members[0]]} and {names[place]} differ in length")
 
 
 def _check_strings(name: str, column: pa.Array, nullable: bool, allowed: frozenset[str] | None) -> None:

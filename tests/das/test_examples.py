@@ -156,6 +156,8 @@ BAD_VALUES: dict[str, tuple[str, pa.Array]] = {
     "null hidden in a dictionary": ("tag", NULL_TAG),
     "label 2": ("click", pa.array([2] * 9, pa.int8())),
     "year 50000": ("event_time", pa.array([1 << 52] * 9, pa.int64()).view(pa.timestamp("ms"))),
+    "fields of one sequence that differ in length": ("clicks.item", pa.array([[1]] * 9, IDS)),
+    "a sequence past its max_length": ("buys.item", pa.array([[1, 2, 3]] * 9, IDS)),
     "before 1970": ("ingest_time", pa.array([-1] * 9, pa.int64()).view(pa.timestamp("ms"))),
 }
 
@@ -268,4 +270,4 @@ def _poison_or_readable(value: bytes) -> None:
     else:
         reason = None
         assert len(batch.to_pylist()) == batch.num_rows
-    assert reason in (None, "arrow", "schema", "size", "domain")
+    assert reason in (None, "arrow", "schema", "size", "domain", "sequence")
