@@ -93,11 +93,14 @@ class Joiner:
                     if now_s - away_since > self._config.outage_timeout_s:
                         raise Fatal(f"gave up after {now_s - away_since:.0f} s of: {error}") from error
                     log.warning("trying again in %.1f s: %s", pause_s, error)
+                    self._telemetry.gauge("exfm_ready", 0)
                     self._close()
                     stop.wait(pause_s)
                     pause_s = min(5.0, 2 * pause_s)
                 else:
-                    away_since, pause_s = None, 0.1
+                    if away_since is not None:
+                        away_since, pause_s = None, 0.1
+                        self._telemetry.gauge("exfm_ready", 1)
                     if finished:
                         return
         finally:

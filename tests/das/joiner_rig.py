@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -54,13 +56,13 @@ def kafka_config(bootstrap: str, prefix: str, **changes: Any) -> KafkaConfig:
 class Stream:
     """Impressions 20 ms apart, about half with a click and a third with a buy, some of both too late to count."""
 
-    def __init__(self, count: int, seed: int = 1) -> None:
+    def __init__(self, count: int, seed: int = 1, start_ms: int = T0_MS) -> None:
         rng = random.Random(seed)
         self.labels: dict[str, tuple[int, int | None]] = {}
         self.times: dict[str, int] = {}
         self.records: list[tuple[int, str, str, dict[str, Any]]] = []  # (time, topic, id, message)
         for n in range(count):
-            name, t, domain = f"i{seed}-{n}", T0_MS + 20 * n, str(n % 2)
+            name, t, domain = f"i{seed}-{n}", start_ms + 20 * n, str(n % 2)
             features = {"item": n, "price": n / 4}
             message = {"impression_id": name, "event_time": t, "domain": domain, "features": features}
             self.records.append((t, "impressions", name, message))
@@ -114,11 +116,13 @@ class Examples:
         self.ends: Counter[int] = Counter()
         self.rows_per_message: list[int] = []
         self.values: dict[int, list[bytes]] = {}
+        self.repeated_messages = 0
         for partition in range(config.partitions):
             order = self.order[partition] = []
             seen: set[bytes] = set()
             for record in read_topic(config, config.topics.examples, partition):
                 if record.headers[HEADER_SEQ] in seen:
+                    self.repeated_messages += 1
                     continue
                 seen.add(record.headers[HEADER_SEQ])
                 if HEADER_CONTROL in record.headers:
@@ -137,9 +141,12 @@ class Examples:
 class Worker:
     """One joiner process."""
 
-    def __init__(self, folder: Path, config: KafkaConfig, joiner: dict[str, Any], faults: str = "") -> None:
+    def __init__(
+        self, folder: Path, config: KafkaConfig, joiner: dict[str, Any], faults: str = "", *, stop_at_end: bool = True
+    ) -> None:
         settings = folder / f"worker-{time.monotonic_ns()}.json"
-        settings.write_text(json.dumps({"kafka": config.model_dump(mode="json"), "joiner": joiner}))
+        data = {"kafka": config.model_dump(mode="json"), "joiner": joiner, "stop_at_end": stop_at_end}
+        settings.write_text(json.dumps(data))
         self._log = settings.with_suffix(".log")
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -152,12 +159,24 @@ class Worker:
     def wait(self, timeout_s: float = 40) -> int:
         return self.process.wait(timeout_s)
 
+    def partitions_begun(self) -> set[int]:
+        """Partitions that this worker was the first to join."""
+        found = re.findall(r"partition (\d+): from \[0, 0\] after None", self.log)
+        return {int(number) for number in found}
+
     @property
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
 
-JOINER = {"idle_timeout_s": None, "linger_ms": 3_600_000, "batch_rows": 32, "session_timeout_s": 2, "dedup_ms": 5_000}
+JOINER = {
+    "allowed_lateness_ms": 500,
+    "idle_timeout_s": None,
+    "linger_ms": 3_600_000,
+    "batch_rows": 32,
+    "session_timeout_s": 2,
+    "dedup_ms": 5_000,
+}
 
 
 def run_here(config: KafkaConfig, timeout_s: float = 60, **changes: Any) -> RecordingTelemetry:
@@ -182,12 +201,15 @@ def main(path: str) -> None:
     import logging
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("kafka").setLevel(logging.WARNING)
     fault.arm(os.environ.get("EXFM_FAULTS"))
     data = json.loads(Path(path).read_text())
     config = KafkaConfig.model_validate(data["kafka"])
     settings = JoinerConfig.model_validate({**JOINER, "group": config.topics.examples, **data["joiner"]})
     schema = FeatureSchema.model_validate(SCHEMA)
-    Joiner(config, schema, settings, RecordingTelemetry(), stop_at_end=True).run(threading.Event())
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    Joiner(config, schema, settings, RecordingTelemetry(), stop_at_end=data["stop_at_end"]).run(stop)
 
 
 if __name__ == "__main__":

@@ -36,3 +36,105 @@ def test_labels_order_and_messages_are_right(sent) -> None:
     assert sum(n < 32 for n in examples.rows_per_message) <= 2  # the last message of each partition
     assert telemetry.total("exfm_impressions_total", outcome="accepted") == 700
     assert telemetry.total("exfm_examples_rows_total") == 700
+
+
+def test_poison_is_quarantined_with_its_reason_and_its_neighbors_are_joined(sent) -> None:
+    config, sink = sent
+    stream = rig.Stream(120)
+    good = {"impression_id": "p", "event_time": rig.T0_MS, "domain": "0", "features": {"item": 1, "price": 1.0}}
+    far = {**good, "event_time": 4_000_000_000_000}
+    cases = [
+        ("impressions", b"{not json", b"json"),
+        ("impressions", json.dumps({**good, "domain": "mars"}).encode(), b"domain"),
+        ("impressions", json.dumps({**good, "features": {"item": 1}}).encode(), b"missing"),
+        ("impressions", json.dumps(far).encode(), b"future"),
+        ("impressions", b"", b"json"),
+        ("feedback", b'{"impression_id": "p", "objective": "smile", "event_time": 1}', b"objective"),
+        ("feedback", b"\xff\xfe", b"json"),
+    ]
+    stream.send(config, sink, end=False)
+    places = []
+    for topic, value, _ in cases:
+        sink.send(getattr(config.topics, topic), 0, b"key", value, {"trace": b"abc"})
+    more = rig.Stream(120, seed=2, start_ms=rig.T0_MS + 60_000)
+    more.send(config, sink)
+    telemetry = rig.run_here(config)
+    bad = rig.read_topic(config, config.topics.quarantine, 0)
+    assert sorted((r.headers["exfm-topic"], r.value or b"", r.headers["exfm-reason"]) for r in bad) == sorted(
+        (getattr(config.topics, topic).encode(), value, reason) for topic, value, reason in cases
+    )
+    for record in bad:
+        topic, offset = record.headers["exfm-topic"].decode(), int(record.headers["exfm-offset"])
+        original = rig.read_topic(config, topic, int(record.headers["exfm-partition"]))[offset]
+        assert (original.value, original.key) == (record.value, record.key)
+        assert record.headers["exfm-original-trace"] == b"abc"
+        places.append((topic, offset))
+    assert len(set(places)) == len(cases)
+    assert b"price" in next(r for r in bad if r.headers["exfm-reason"] == b"missing").headers["exfm-detail"]
+    examples = rig.Examples(config)
+    assert examples.times_seen == Counter([*stream.labels, *more.labels])
+    assert examples.labels == {**stream.labels, **more.labels}
+    assert telemetry.total("exfm_quarantined_total") == len(cases)
+
+
+def test_a_stream_of_poison_stops_the_joiner_and_nothing_moves_on(sent) -> None:
+    config, sink = sent
+    for i in range(40):
+        rig.send_json(config, sink, "impressions", str(i), b"garbage")
+    sink.flush(10)
+    with pytest.raises(Fatal, match=r"40 of the last 40|went to quarantine, more than the limit of 50%"):
+        rig.run_here(config, limit=QuarantineLimit(min_seen=20))
+    assert len(rig.read_topic(config, config.topics.quarantine, 0)) >= 20
+    assert [rig.read_topic(config, config.topics.examples, p) for p in range(2)] == [[], []]
+
+
+def test_repeated_and_late_impressions_are_counted_and_leave_no_second_example(sent) -> None:
+    config, sink = sent
+    stream = rig.Stream(600)
+    stream.send(config, sink, end=False)
+    stream.send(config, sink, end=False)  # all of it again: a producer that lost its acknowledgements
+    old = {"impression_id": "old", "event_time": rig.T0_MS - 90_000, "domain": "0", "features": {"item": 1, "price": 1}}
+    rig.send_json(config, sink, "impressions", "old", old)
+    rig.send_end(config, sink)
+    sink.flush(10)
+    telemetry = rig.run_here(config, dedup_ms=3_600_000)
+    examples = rig.Examples(config)
+    assert examples.times_seen == Counter(stream.labels.keys())
+    assert examples.labels == stream.labels
+    counted = {o: telemetry.total("exfm_impressions_total", outcome=o) for o in ("accepted", "duplicate", "late")}
+    assert counted == {"accepted": 600, "duplicate": 600, "late": 1}
+    late = rig.read_topic(config, config.topics.quarantine, 0)
+    assert [(r.headers["exfm-reason"], r.key) for r in late] == [(b"late", b"old")]
+
+
+def test_a_window_that_does_not_fit_in_memory_says_what_to_set(sent) -> None:
+    config, sink = sent
+    rig.Stream(600).send(config, sink)
+    with pytest.raises(Fatal, match=r"raise joiner\.max_pending"):
+        rig.run_here(config, max_pending=100, batch_rows=32)
+
+
+def test_a_small_bound_on_pending_impressions_only_slows_reading(sent) -> None:
+    config, sink = sent
+    stream = rig.Stream(600)
+    stream.send(config, sink)
+    bounds = {"max_pending": 400, "allowed_lateness_ms": 0, "linger_ms": 500, "poll_records": 100}
+    rig.run_here(config, **bounds)
+    examples = rig.Examples(config)
+    assert examples.labels == stream.labels
+    assert examples.times_seen == Counter(stream.labels.keys())
+
+
+def test_a_failed_round_starts_over_and_ends_the_same(sent, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, sink = sent
+    stream = rig.Stream(300)
+    stream.send(config, sink)
+    rig.fault.arm("joiner.before_produce:2:raise")
+    try:
+        telemetry = rig.run_here(config)
+    finally:
+        rig.fault.arm(None)
+    examples = rig.Examples(config)
+    assert examples.labels == stream.labels
+    assert examples.times_seen == Counter(stream.labels.keys())
+    assert telemetry.gauges["exfm_ready", ()] == 1
