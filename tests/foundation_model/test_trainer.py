@@ -77,6 +77,21 @@ def test_resume_is_bit_identical(tmp_path: Path) -> None:
     _equal(second, straight)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_teacher_tracks_the_cpu_one_and_resumes(tmp_path: Path) -> None:
+    host, gpu = TeacherTrainer(teacher_config(), SCHEMA), TeacherTrainer(teacher_config(device="cuda"), SCHEMA)
+    for batch in _batches(host, 4):
+        on_gpu = batch.to(gpu.device)
+        expected_BK, logits_BK = host.score(batch), gpu.score(on_gpu)
+        torch.testing.assert_close(logits_BK.cpu(), expected_BK, rtol=1e-2, atol=1e-3)
+        assert host.step(expected_BK, batch)
+        assert gpu.step(logits_BK, on_gpu)
+    second = TeacherTrainer(teacher_config(device="cuda"), SCHEMA)
+    second.load(_saved(gpu, tmp_path))
+    _equal(second, gpu)
+    assert second.step(second.score(on_gpu), on_gpu)
+
+
 def test_loss_is_the_weighted_mean_over_known_labels() -> None:
     trainer = TeacherTrainer(teacher_config(objective_weights={"like": 3.0}), SCHEMA)
     batch = _batches(trainer, 1)[0]
