@@ -109,13 +109,13 @@ class ExampleSource:
         source.start({tp: max(oldest[tp], offset - LOOK_BACK) for tp, offset in starts.items()})
 
     def poll(self, timeout_s: float, max_messages: int) -> list[ExampleMessage]:
-        """Up to `max_messages` messages; an empty list after `timeout_s`, or at once when the stream has ended."""
+        """Up to `max_messages` messages; an empty list after `timeout_s`, or at once when the stream just ended."""
         deadline = Deadline.after(timeout_s)
-        wait_s = 0.0
+        wait_s, ended_before = 0.0, self.ended
         while True:
             self._fill(wait_s)
             messages = self._merge(max_messages)
-            if messages or self.ended or deadline.passed:
+            if messages or (self.ended and not ended_before) or deadline.passed:
                 self._report_lag()
                 return messages
             wait_s = min(0.25, deadline.left_s)
@@ -192,13 +192,19 @@ class ExampleSource:
 
     def _next_lane(self) -> _Lane | None:
         """The lane whose first message comes next, or None while a lane that could come before is awaited."""
-        ready = []
+        ready, silent = [], False
         for lane in self._lanes.values():
             if not lane.queue:
                 if self._idle_s is None or lane.silent_s < self._idle_s:
                     return None
+                silent = True
             elif not lane.queue[0][1].end:
                 ready.append(lane)
+        if not ready and silent:  # the silent ones' ends may never come: those that have more go on without
+            ready = [lane for lane in self._lanes.values() if len(lane.queue) > 1]
+            for lane in ready:
+                lane.next = lane.queue.popleft()[0].offset + 1
+            ready = [lane for lane in ready if not lane.queue[0][1].end]
         return min(ready, key=lambda lane: (lane.queue[0][1].key_ms, lane.tp.partition), default=None)
 
     def _pop_end(self, *, delivered: bool) -> bool:
