@@ -52,8 +52,11 @@ class Context:
 
 
 def version() -> str:
-    """The installed version of the distribution."""
-    return importlib.metadata.version("exfm")
+    """The installed version of the distribution; "source" for a tree that was not installed."""
+    try:
+        return importlib.metadata.version("exfm")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
 
 
 def run(name: str, settings_file: Path, work: Callable[[Context], None]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from das.messages import MessageCodec
 from das.schema import FeatureSchema
 from services.logs import get_logger
 from services.metrics import PrometheusTelemetry
+from services.process import version
 from services.serve.app import create_app
 from services.serve.config import ServeConfig, load_tokens
 from services.serve.gate import Gate
@@ -54,7 +54,7 @@ def run_server(
     def is_ready() -> bool:
         return slot.current is not None and not stop.is_set()
 
-    app = create_app(scorer, codec, telemetry, is_ready, importlib.metadata.version("exfm"))
+    app = create_app(scorer, codec, telemetry, is_ready, version())
     server = _Server(
         uvicorn.Config(
             Gate(app, config, tokens, telemetry),
