@@ -60,11 +60,14 @@ def replay(
     settings: SettingsFile,
     speed: Annotated[str | None, typer.Option(help="'max', 'realtime', or a factor of event time.")] = None,
     rows: Annotated[int | None, typer.Option(help="Replay only the first rows.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Parquet, CSV or JSON lines file, in place of the mapping's.")
+    ] = None,
 ) -> None:
     """Produce a recorded data set to impressions and feedback, in event-time order."""
     from services.replay_main import run
 
-    raise typer.Exit(run(settings, _given(speed=speed, limit=rows)))
+    raise typer.Exit(run(settings, _given(speed=speed, limit=rows, data=data)))
 
 
 @app.command()

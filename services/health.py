@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import Field
 
 from das.config import Config
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 32
 
 Page = Callable[[], tuple[str, bytes]]
 """Makes one page: content type and body."""
@@ -47,8 +54,7 @@ class HealthServer:
         for path, page in (pages or {}).items():
             routes[path] = lambda page=page: (200, *page())  # type: ignore[misc]
         handler = type("Handler", (_Handler,), {"routes": routes})
-        self._server = ThreadingHTTPServer((config.host, config.port), handler)
-        self._server.daemon_threads = True
+        self._server = _Server((config.host, config.port), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, name="health", daemon=True)
 
     @property
@@ -80,6 +86,36 @@ def write_address(run_dir: Path, process: str, address: str) -> Path:
 
 def _flag(name: str, value: bool) -> tuple[int, str, bytes]:
     return 200 if value else 503, "application/json", json.dumps({name: value}).encode()
+
+
+class _Server(ThreadingHTTPServer):
+    """One daemon thread per connection, at most MAX_CONNECTIONS; further ones are closed at once."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own, if one is free."""
+        if self._slots.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, then free the slot."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no event; anything else is a bug in a page."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError | TimeoutError):
+            logger.error("a health page failed", exc_info=error)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -21,6 +21,7 @@ from services.logs import get_logger
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 Status = dict[str, Any]
 HISTORY = 900
+SELF = "supervisor"
 SCRAPE_TIMEOUT_S = 1.0
 ROW_COUNTERS = {"replay": "exfm_replayed_total", "das": "exfm_examples_rows_total"}
 
@@ -48,7 +49,8 @@ class Collector:
     def __init__(self, run_dir: Path, states: Callable[[], list[dict[str, Any]]], interval_s: float = 2.0) -> None:
         self.latest: Status = {}
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
-        self.peak_rss_bytes = 0
+        self.peak_rss: dict[str, int] = {}
+        """Resident memory per process at the moment of the greatest sum."""
         self._run_dir = run_dir
         self._states = states
         self._interval_s = interval_s
@@ -89,7 +91,9 @@ class Collector:
         self._previous = (now_s, done)
         self.latest = self._picture(rows, now_s)
         self.history.append(_point(self.latest))
-        self.peak_rss_bytes = max(self.peak_rss_bytes, self.latest["rss_bytes"])
+        if self.latest["rss_bytes"] > sum(self.peak_rss.values()):
+            self.peak_rss = {row["name"]: row["rss_bytes"] for row in rows if "rss_bytes" in row}
+            self.peak_rss[SELF] = self.latest["rss_bytes"] - sum(self.peak_rss.values())
         return self.latest
 
     def _picture(self, rows: list[dict[str, Any]], now_s: float) -> Status:

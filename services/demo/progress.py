@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -61,12 +62,14 @@ def seconds_left(history: Sequence[dict[str, Any]], status: Status) -> float | N
 
 
 def _panel(status: Status, left: str) -> Table:
-    table = Table(title=f"{summary_line(status).partition(' | NE')[0]} | {left}", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{summary_line(status).partition(' | NE')[0]} | {left}", title_justify="left"
+    )
     for heading in ("process", "state", "rows", "rows/s", "lag", "hit rate", "NE (recent)", "memory", "restarts"):
         table.add_column(heading, justify="left" if heading in ("process", "state") else "right")
     for row in status["processes"]:
         seen = row.get("hits", 0.0) + row.get("misses", 0.0)
-        nes = " ".join(f"{key} {value:.3f}" for key, value in list(row.get("ne", {}).items())[:2])
+        nes = " ".join(f"{key} {value:.3f}" for key, value in list(row.get("ne", {}).items())[:1])
         table.add_row(
             row["name"],
             row["state"],

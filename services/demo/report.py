@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -40,28 +41,30 @@ def make_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print the rows, and how to read them."""
-    table = Table(title="Progressive results (each row predicted before it was trained on)", title_justify="left")
-    for heading in ("model", "portfolio", "arm", "rows", "AUC", "NE", "LogLoss", "calib.", "hit rate", "events/s"):
-        table.add_column(heading, justify="left" if heading in ("model", "portfolio", "arm") else "right")
-    table.add_column("NE vs none, 95 % CI", no_wrap=True)
+    """Print the rows, the paired differences, and how to read them."""
+    table = Table(title="Each row predicted before it was trained on", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("portfolio", "arm", "rows", "AUC", "NE", "LogLoss", "calib.", "hit rate", "events/s"):
+        table.add_column(heading, justify="left" if heading in ("portfolio", "arm") else "right", no_wrap=True)
     for row in rows:
-        hit_rate = "-" if row["hit_rate"] is None else f"{row['hit_rate']:.2%}"
         table.add_row(
-            row["name"],
             row["portfolio"],
             row["arm"],
             f"{row['rows']:,}",
             *(_number(row[column]) for column in COLUMNS),
-            hit_rate,
+            "-" if row["hit_rate"] is None else f"{row['hit_rate']:.2%}",
             f"{row['events_per_s']:,.0f}" if row["events_per_s"] else "-",
-            row.get("ne_change", ""),
         )
     console.print(table)
+    for row in rows:
+        if "ne_change" in row:
+            text = f"NE of {row['portfolio']}, {row['arm']} against {BASE_ARM}: {row['ne_change']}"
+            console.print(text, highlight=False, soft_wrap=True)
     console.print(
-        "One seed. The interval is over paired blocks of 1000 rows of this one stream: it does not cover the spread "
-        "between seeds or between streams. A portfolio is domain/objective; calibration is sum p / sum y.",
+        "The brackets are a 95 % interval over paired blocks of 1000 rows of this one stream and seed: it does not "
+        "cover the spread between seeds or streams. A portfolio is domain/objective; calibration is sum p / sum y; "
+        "events/s is the rate of a model's own rows.",
         style="dim",
+        soft_wrap=not console.is_terminal,
     )
 
 

@@ -34,7 +34,7 @@ from services.up import open_live_page
 
 SETTINGS = "settings.yaml"
 MIN_HIT_RATE = 0.999
-PLAIN_WIDTH = 168
+PLAIN_WIDTH = 100
 
 
 def run(out: Path, *, device: str = "cpu", speed: str = "max", seed: int = 1, rows: int | None = None) -> int:
@@ -174,7 +174,8 @@ class _Demo:
                 for field in ("messages", "rows", "distinct", "quarantined")
             },
             "wall_s": round(time.monotonic() - self._started_s, 1),
-            "memory_peak_bytes": self._collector.peak_rss_bytes,
+            "memory_peak_bytes": sum(self._collector.peak_rss.values()),
+            "memory_peak": self._collector.peak_rss,
             "restarts": latest.get("restarts", 0),
             "models": [{k: v for k, v in result.items() if k != "portfolios"} for result in results],
             "table": rows,
@@ -184,7 +185,7 @@ class _Demo:
 
     def _conclude(self, problems: list[str]) -> int:
         wall_s = time.monotonic() - self._started_s
-        peak_gib = self._collector.peak_rss_bytes / 2**30
+        peak_gib = sum(self._collector.peak_rss.values()) / 2**30
         if self._once is not None:
             self._say(
                 f"examples: {self._once.distinct:,} distinct of {self._sent:,} impressions replayed, "

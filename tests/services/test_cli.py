@@ -14,7 +14,7 @@ import typer
 from services.cli import app
 
 COMMANDS = {
-    "replay": {"--settings", "-s", "--speed", "--rows"},
+    "replay": {"--settings", "-s", "--speed", "--rows", "--data"},
     "das": {"--settings", "-s"},
     "teacher": {"--settings", "-s"},
     "student": {"name", "--settings", "-s"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -184,6 +186,26 @@ def test_a_taken_health_port_is_said(start: Start, settings_file: Path) -> None:
     assert second.returncode == 1
     assert "health port refused" in stderr
     assert port in stderr
+
+
+def test_clients_that_hang_or_leave_neither_block_health_nor_disturb_the_log(start: Start, settings_file: Path) -> None:
+    process = start(UNTIL_STOPPED)
+    host, _, port = health(settings_file).rpartition(":")
+    hanging = [socket.create_connection((host, int(port)), timeout=5) for _ in range(20)]
+    for client in hanging[:10]:
+        client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    assert get(f"{host}:{port}", "/v2/health/live")[0] == 200
+    more = [socket.create_connection((host, int(port)), timeout=5) for _ in range(40)]
+    time.sleep(0.3)
+    assert psutil.Process(process.pid).num_threads() < 50
+    for client in hanging[10:] + more:
+        client.close()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=10)
+    assert [e["event"] for e in events(stderr)] == ["started", "stopping", "finished"]
+    assert all(line.startswith("{") for line in stderr.splitlines())
 
 
 def test_waiting_costs_no_processor_time(start: Start, settings_file: Path) -> None:
