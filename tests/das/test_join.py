@@ -97,7 +97,9 @@ class Harness:
             self.out.append(message)
 
     def run(self, rng: random.Random, restarts: int = 0) -> None:
-        while not self.join.at_end:
+        for _ in range(100_000):
+            if self.join.at_end:
+                return
             sides = [side for side in (IMPRESSIONS, FEEDBACK) if self.readable(side)]
             side = rng.choice(sides) if sides else None
             for _ in range(rng.choice((1, 1, 2, 5, 20))):
@@ -108,6 +110,7 @@ class Harness:
             if restarts and rng.random() < 0.15:
                 restarts -= 1
                 self.restart()
+        raise AssertionError("the end was never handed on")
 
     def messages(self) -> list[list[tuple[str, tuple[int | None, ...]]]]:
         return [[(row.value.decode(), row.labels) for row in cut.rows] for cut in self.out if not cut.end]
@@ -177,33 +180,86 @@ def test_every_record_is_counted_once(imps: list[Imp], fbs: list[Fb], gap_ms: in
     assert harness.join.counts["impressions", "accepted"] == sum(map(len, harness.messages()))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(impressions(), feedback, st.integers(0, 25), st.integers(0, 2**31))
-def test_each_impression_leaves_once_even_when_idle_inputs_are_left_out(
-    imps: list[Imp], fbs: list[Fb], gap_ms: int, seed: int
-) -> None:
-    rng = random.Random(seed)
-    harness = Harness(imps, spread(fbs, gap_ms), config(idle_timeout_s=0.02))
+def long_logs(rng: random.Random) -> tuple[list[Imp], list[Fb]]:
+    """Longer logs than hypothesis builds, dense in what restarts could get wrong: stragglers and repeats."""
+    count, gap_ms, jitter_ms = rng.randrange(120), rng.choice((1, 5, 15, 40)), rng.choice((0, 20, 120, 400))
+    feedback_share, ghosts = rng.choice((0.0, 0.1, 0.8)), rng.choice((0, 10))
+    imps: list[tuple[float, Imp]] = []
+    fbs: list[tuple[int, Fb]] = []
+    for i in range(count):
+        record = (f"i{i}", i * gap_ms + rng.randrange(jitter_ms + 1), rng.choice("ab"))
+        imps.append((i, record))
+        while rng.random() < 0.15:
+            imps.append((i + rng.choice((0.5, 3.5, 30.5)), record))
+        while rng.random() < feedback_share * 0.6:
+            t = record[1] + rng.choice((-5, 0, 10, 50, 51, 150, 200, 201, 260, 500))
+            place = t + rng.choice((0, 0, 0, -300, 200, rng.randrange(jitter_ms + 1)))
+            fbs.append((place, (record[0], rng.choice(("click", "buy")), t, rng.choice((1.0, 1.0, 0.0)))))
+    for i in range(ghosts):
+        t = rng.randrange(count * gap_ms + 200)
+        fbs.append((t, (f"ghost{i}", "click", t, 1.0)))
+    return [r for _, r in sorted(imps, key=lambda p: p[0])], [r for _, r in sorted(fbs, key=lambda p: p[0])]
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_long_logs_with_many_restarts_equal_the_oracle(block: int) -> None:
+    for seed in range(100 * block, 100 * (block + 1)):
+        rng = random.Random(seed)
+        imps, fbs = long_logs(rng)
+        harness = Harness(imps, fbs, config())
+        harness.run(rng, restarts=30)
+        assert harness.messages() == oracle(imps, fbs, config()), seed
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_each_impression_leaves_once_even_when_idle_inputs_are_left_out(block: int) -> None:
+    for seed in range(100 * block, 100 * (block + 1)):
+        rng = random.Random(seed)
+        imps, fbs = long_logs(rng)
+        imps = list({imp[0]: imp for imp in imps}.values())
+        harness = Harness(imps, fbs, config(idle_timeout_s=0.02, batch_rows=rng.choice((1, 4, 50))))
+        refused = run_with_silences(harness, rng)
+        keys = [cut.state.key for cut in harness.out if not cut.end]
+        times = {name: t for name, t, _ in imps}
+        out = [(times[name] + WINDOW_MS, name) for message in harness.messages() for name, _ in message]
+        assert out == sorted(set(out)), seed
+        assert {name for _, name in out} | refused == set(times), seed
+        assert {name for _, name in out} & refused == set(), seed
+        assert keys == sorted(keys), seed
+
+
+def run_with_silences(harness: Harness, rng: random.Random, restarts: int = 20) -> set[str]:
+    """Feed in bursts with pauses that make inputs idle; returns the ids that were refused as late."""
     refused: set[str] = set()
-    restarts = 8
     while not harness.join.at_end:
-        harness.now_s += rng.choice((0.0, 0.001, 0.05))
+        harness.now_s += rng.choice((0.0, 0.001, 0.05, 0.3))
         side = rng.choice((IMPRESSIONS, FEEDBACK))
-        if harness.readable(side):
-            before = harness.join.counts["impressions", "late"]
-            offset = harness.join.next[side]
-            harness.feed(side)
-            if harness.join.counts["impressions", "late"] > before:
-                refused.add(imps[offset][0])
-        harness.cut()
+        for _ in range(rng.choice((1, 5, 20))):
+            if harness.readable(side):
+                before, offset = harness.join.counts["impressions", "late"], harness.join.next[side]
+                harness.feed(side)
+                if harness.join.counts["impressions", "late"] > before:
+                    refused.add(harness.logs[IMPRESSIONS][offset][0])
+            if rng.random() < 0.3:
+                harness.cut()
         if restarts and rng.random() < 0.1:
             restarts -= 1
             harness.restart()
-    out = [name for message in harness.messages() for name, _ in message]
-    assert len(out) == len(set(out))
-    assert set(out) | refused == {name for name, _, _ in imps}
-    keys = [cut.state.key for cut in harness.out]
-    assert keys == sorted(keys)
+    return refused
+
+
+def test_what_is_read_again_is_not_counted_again() -> None:
+    harness = Harness([(f"i{n}", 20 * n, "a") for n in range(60)], [(f"i{n}", "click", 20 * n, 1.0) for n in range(60)],
+                      config())  # fmt: skip
+    for _ in range(50):
+        harness.feed(IMPRESSIONS)
+        harness.feed(FEEDBACK)
+    harness.cut()
+    before = harness.out[-1].state
+    assert before.replay[IMPRESSIONS] < before.next[IMPRESSIONS] == 50
+    harness.restart()
+    harness.run(random.Random(0))
+    assert harness.join.counts == {("impressions", "accepted"): 10, ("feedback", "joined"): 10}
 
 
 def fed(imps: list[Imp], fbs: list[Fb], **changes: object) -> Harness:
