@@ -38,26 +38,19 @@ def gdpa(
         q_offsets: int32 [B + 1]; the rows of example b are q_offsets[b] : q_offsets[b + 1].
         k: keys, dense [B, N, H, D], or jagged [S, H, D] with `kv_offsets`.
         v: values, of k's shape.
-        kv_offsets:
-            int32 [B + 1] of jagged keys and values. Default: None, dense.
-        activation:
-            one of ACTIVATIONS, or one per head. Default: "gelu_tanh".
-        inner_scale:
-            factor inside the activation. Default: None, 1 / sqrt(D).
-        outer_scale:
-            factor after the activation. Default: 1.
+        kv_offsets: int32 [B + 1] of jagged keys and values. Default: None, dense.
+        activation: one of ACTIVATIONS, or one per head. Default: "gelu_tanh".
+        inner_scale: factor inside the activation. Default: None, 1 / sqrt(D).
+        outer_scale: factor after the activation. Default: 1.
         window:
-            only pairs with |i - j| <= window count, i and j the row numbers within the example; for self-attention,
-            so jagged keys only. Default: None, all pairs.
-        backend:
-            "triton", "reference" or "auto".
+            only pairs with |i - j| <= window count, i and j the row numbers within the example; jagged keys only.
+            Default: None, all pairs.
+        backend: "triton", "reference" or "auto".
 
     Returns:
         [T, H, D], of q's dtype.
 
-    Raises:
-        ValueError: shapes, offsets, scales or an activation do not fit.
-        BackendUnavailable: "triton" was asked for and cannot run here.
+    Raises ValueError for arguments that do not fit, BackendUnavailable for "triton" where it cannot run.
 
     Example:
         >>> q, k = torch.randn(5, 2, 8), torch.randn(2, 16, 2, 8)
@@ -66,17 +59,9 @@ def gdpa(
     """
     _check(q_THD, q_offsets, k, v, kv_offsets, activation, window)
     run = choose_backend(backend, op="gdpa", device=q_THD.device, implementations=_IMPLEMENTATIONS)
-    return run(
-        q_THD,
-        q_offsets,
-        k,
-        v,
-        kv_offsets=kv_offsets,
-        activation=activation,
-        inner_scale=1.0 / math.sqrt(q_THD.shape[-1]) if inner_scale is None else inner_scale,
-        outer_scale=outer_scale,
-        window=window,
-    )
+    scale = 1.0 / math.sqrt(q_THD.shape[-1]) if inner_scale is None else inner_scale
+    options = {"kv_offsets": kv_offsets, "activation": activation, "window": window}
+    return run(q_THD, q_offsets, k, v, inner_scale=scale, outer_scale=outer_scale, **options)
 
 
 def _check(

@@ -258,9 +258,8 @@ def test_running_norm_holds_the_statistics_of_all_rows_before() -> None:
     close(first, x[:10].clamp(-5, 5))
     for start in range(10, 4_000, 190):
         norm(x[start : start + 190])
-    seen = torch.cat(
-        [x[:4_000].double(), torch.zeros(1, 3).double()]
-    )  # the start counts as one row: mean 0, variance 1
+    # The start counts as one row of mean 0 and variance 1.
+    seen = torch.cat([x[:4_000].double(), torch.zeros(1, 3).double()])
     second_moment = (seen.square().sum(0) + 1) / len(seen)
     torch.testing.assert_close(norm.mean_N.double(), seen.mean(0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(norm.variance_N.double(), second_moment - seen.mean(0).square(), rtol=1e-3, atol=1e-4)
