@@ -63,14 +63,15 @@ class KafkaConfig(Config):
             raise ValueError(f"{sorted(owned)} are set by exfm itself; remove them")
         return options
 
-    def client_options(self) -> dict[str, Any]:
-        """Options of every client: address, timeouts, `options`, and the file's, which win."""
+    def client_options(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a client that has options of its `own`; later wins: ours, its own, `options`, the file's."""
         timeout_ms = int(self.request_timeout_s * 1000)
         merged = {
             "bootstrap_servers": self.bootstrap,
             "request_timeout_ms": timeout_ms,
             "bootstrap_timeout_ms": timeout_ms,
             "reconnect_backoff_max_ms": 2000,
+            **own,
             **self.options,
         }
         if self.options_file is not None:
@@ -81,7 +82,7 @@ class KafkaConfig(Config):
 def open_client(cls: Any, config: KafkaConfig, options: Mapping[str, Any]) -> Any:
     """A kafka-python client. Raises ConfigError on an unknown option, Retryable if no broker answers."""
     try:
-        return cls(**{**options, **config.client_options()})
+        return cls(**config.client_options(options))
     except (kafka_errors.KafkaConfigurationError, ValueError) as error:  # an unknown option is either, by client
         raise ConfigError(f"kafka.options: {error}") from None
     except kafka_errors.KafkaError as error:

@@ -30,8 +30,10 @@ log = logging.getLogger(__name__)
 
 TAIL_MESSAGES = 64
 ROUND_MESSAGES = 32
-"""Messages published at once; below TAIL_MESSAGES, so that those of a joiner that lost its partitions cannot hide
-the newest."""
+"""Messages published at once; well below TAIL_MESSAGES, so that what a joiner that lost its partitions still had in
+hand cannot hide the newest."""
+ROUND_S = 1.0
+"""How long one partition is joined before the group is asked again."""
 
 
 class JoinerConfig(JoinConfig):
@@ -72,7 +74,8 @@ class Joiner:
         self._source: KafkaSource | None = None
         self._sink: KafkaSink | None = None
         self._lanes: dict[int, JoinerLane] = {}
-        self._polled_s = self._probed_s = 0.0
+        self._stop = threading.Event()
+        self._alive_s = self._probed_s = 0.0
         self._moved = False
         self._progress_s: dict[int, float] = {}
 
@@ -81,6 +84,7 @@ class Joiner:
 
         While the broker is away, tries again with growing pauses. Raises Fatal after `outage_timeout_s` of that.
         """
+        self._stop = stop
         away_since: float | None = None
         pause_s = 0.1
         try:
@@ -110,8 +114,10 @@ class Joiner:
         """Read, join and publish once; True when the stream has ended."""
         source = self._open()
         wait_s = 0.0 if self._moved else self._config.poll_s
+        self._check_awake()
         records = source.poll(wait_s, self._config.poll_records)
-        now_s = self._polled_s = time.monotonic()
+        self._check_awake()
+        now_s = time.monotonic()
         for record in records:
             lane = self._lanes[record.partition]
             lane.waiting[self._topics.index(record.topic)].append(record)
@@ -131,18 +137,17 @@ class Joiner:
         )
 
     def _join(self, lane: JoinerLane, source: KafkaSource, now_s: float) -> bool:
-        """Join what was read of one partition and publish what is complete; whether anything moved."""
+        """Join what was read of one partition and publish what is complete, for ROUND_S; whether anything moved."""
         moved = False
-        for _ in range(max(1, self._config.poll_records // 64)):
+        end_s = time.monotonic() + ROUND_S
+        while time.monotonic() < end_s and not self._stop.is_set():
             taken = lane.take(now_s, lambda side: self._drained(source, lane, side))
-            moved |= taken
             cuts = self._cuts(lane, now_s)
-            while cuts:
-                moved = True
+            if cuts:
                 self._publish(lane, source, cuts)
-                cuts = self._cuts(lane, now_s)
-            if not taken:
+            if not taken and not cuts:
                 break
+            moved = True
         return moved
 
     @staticmethod
@@ -155,8 +160,7 @@ class Joiner:
     def _publish(self, lane: JoinerLane, source: KafkaSource, cuts: Sequence[Cut]) -> None:
         """The durable order. A crash between any two steps repeats no row and loses none."""
         assert self._sink is not None
-        if time.monotonic() - self._polled_s > self._config.session_timeout_s:
-            raise Retryable("stopped for longer than the group's session: the partitions may be another worker's")
+        self._check_awake()
         number = lane.partitions[IMPRESSIONS].partition
         messages = [lane.message(cut) for cut in cuts]
         self._quarantine.flush()  # 1. what the messages' states call read and bad is kept
@@ -170,6 +174,13 @@ class Joiner:
         fault.point("joiner.after_commit")
         rows = sum(len(cut.rows) for cut in cuts)
         self._telemetry.count("exfm_examples_rows_total", rows)
+        self._check_awake()
+
+    def _check_awake(self) -> None:
+        """Raises Retryable after a pause in which the group may have given the partitions to another worker."""
+        before_s, self._alive_s = self._alive_s, time.monotonic()
+        if self._lanes and self._alive_s - before_s > self._config.session_timeout_s:
+            raise Retryable("stopped for longer than the group's session: the partitions may be another worker's")
 
     def _open(self) -> KafkaSource:
         if self._source is None:
@@ -207,6 +218,7 @@ class Joiner:
             oldest = self._source.beginning_offsets(inputs)
             starts = {tp: oldest[tp] if state is None else state.replay[side] for side, tp in enumerate(inputs)}
             self._lanes[number] = self._lane(inputs, state)
+            self._alive_s = time.monotonic()
             self._progress_s[number] = time.monotonic()
             self._source.start(starts)
             log.info("partition %d: from %s after %s", number, list(starts.values()), state)
@@ -276,7 +288,6 @@ class Joiner:
                 if lane.passed[side] or lane.poison[side]:
                     telemetry.count("exfm_records_total", lane.passed[side], topic=tp.topic, outcome="accepted")
                     telemetry.count("exfm_records_total", lane.poison[side], topic=tp.topic, outcome="poison")
-                    self._quarantine.passed(tp.topic, lane.passed[side])
                     lane.passed[side] = lane.poison[side] = 0
                 behind = (source.highwater(tp) or 0) - join.next[side]
                 telemetry.gauge("exfm_lag_records", max(0, behind), topic=tp.topic, partition=str(number))

@@ -53,6 +53,7 @@ class JoinerLane:
         self.paused = [False, False]
         self.poison = [0, 0]
         self.passed = [0, 0]
+        self._good = [0, 0]
         self._codec = codec
         self._quarantine = quarantine
         self._max_pending = max_pending
@@ -77,6 +78,7 @@ class JoinerLane:
             try:
                 consume(record)
                 self.passed[side] += 1
+                self._good[side] += 1
             except Poison as poison:
                 self._reject(side, record, poison)
         return True
@@ -145,6 +147,8 @@ class JoinerLane:
         self.join.skip(side, record.offset)
         if not self.join.replayed(side, record.offset):
             self.poison[side] += 1
+            self._quarantine.passed(record.topic, self._good[side])
+            self._good[side] = 0
             self._quarantine.put(record, poison)
 
     def check_progress(self, silent_s: float, stall_timeout_s: float) -> None:

@@ -194,8 +194,8 @@ class KafkaSource:
         except kafka_errors.KafkaError as error:
             raise translate(error, self._config) from error
         if self._listener.events:
-            self._run_callbacks()
-            polled = {tp: records for tp, records in polled.items() if TopicPartition(*tp) in self._next}
+            moved = self._run_callbacks()  # what was read of these before they moved is read again
+            polled = {tp: records for tp, records in polled.items() if TopicPartition(*tp) not in moved}
         out = []
         for tp, records in polled.items():
             self._next[TopicPartition(*tp)] = records[-1].offset + 1
@@ -214,13 +214,17 @@ class KafkaSource:
         if fetcher._next_partition_records is not None and not fetcher._next_partition_records:
             fetcher._next_partition_records = None
 
-    def _run_callbacks(self) -> None:
+    def _run_callbacks(self) -> set[TopicPartition]:
+        """Tell the caller about rebalances; returns the partitions that came or went."""
+        moved: set[TopicPartition] = set()
         while self._listener.events:
             kind, partitions = self._listener.events.popleft()
             for tp in partitions:
                 self._next.pop(tp, None)
                 self._past_end_since.pop(tp, None)
+            moved.update(partitions)
             (self._on_assign if kind == "assigned" else self._on_revoke)(partitions)
+        return moved
 
     def _check_log_kept(self) -> None:
         """A position past the end that stays there means that the broker lost its log."""
@@ -306,7 +310,10 @@ class KafkaSource:
 
     def close(self) -> None:
         """See RecordSource."""
-        self._consumer.close(autocommit=False, timeout_ms=5000)
+        try:
+            self._consumer.close(autocommit=False, timeout_ms=5000)
+        except kafka_errors.KafkaError as error:  # the broker is away; the group will notice by itself
+            log.warning("closed without leaving the group: %s", error)
 
 
 def read_tail(config: KafkaConfig, tp: TopicPartition, count: int, deadline: Deadline) -> list[Record]:

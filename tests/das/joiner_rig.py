@@ -179,14 +179,49 @@ JOINER = {
 }
 
 
+def make_joiner(
+    config: KafkaConfig,
+    telemetry: RecordingTelemetry,
+    *,
+    schema: dict[str, Any] = SCHEMA,
+    limit: QuarantineLimit | None = None,
+    stop_at_end: bool = True,
+    **changes: Any,
+) -> Joiner:
+    settings = JoinerConfig.model_validate({**JOINER, "group": config.topics.examples, **changes})
+    return Joiner(
+        config, FeatureSchema.model_validate(schema), settings, telemetry, limit=limit, stop_at_end=stop_at_end
+    )
+
+
+class Background:
+    """A joiner in a thread of this process."""
+
+    def __init__(self, joiner: Joiner) -> None:
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(joiner,))
+        self._thread.start()
+
+    def _run(self, joiner: Joiner) -> None:
+        try:
+            joiner.run(self.stop)
+        except BaseException as error:  # noqa: BLE001 - handed to the test
+            self.error = error
+
+    def finish(self, timeout_s: float = 30) -> None:
+        self._thread.join(timeout_s)
+        self.stop.set()
+        self._thread.join(10)
+        if self.error is not None:
+            raise self.error
+
+
 def run_here(config: KafkaConfig, timeout_s: float = 60, **changes: Any) -> RecordingTelemetry:
     """Join in this process until the end of the stream; returns what was counted."""
-    telemetry = RecordingTelemetry()
-    schema = FeatureSchema.model_validate(SCHEMA)
+    telemetry, stop = RecordingTelemetry(), threading.Event()
     limit = changes.pop("limit", QuarantineLimit())
-    settings = JoinerConfig.model_validate({**JOINER, "group": config.topics.examples, **changes})
-    joiner = Joiner(config, schema, settings, telemetry, limit=limit, stop_at_end=True)
-    stop = threading.Event()
+    joiner = make_joiner(config, telemetry, limit=limit, **changes)
     timer = threading.Timer(timeout_s, stop.set)
     timer.start()
     try:
