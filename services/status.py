@@ -46,7 +46,16 @@ def total(samples: Samples, name: str, **labels: str) -> float:
 class Collector:
     """Reads every process of `states` each `interval_s` into `latest` and a bounded `history`."""
 
-    def __init__(self, run_dir: Path, states: Callable[[], list[dict[str, Any]]], interval_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        states: Callable[[], list[dict[str, Any]]],
+        interval_s: float = 2.0,
+        *,
+        rows_expected: int = 0,
+    ) -> None:
+        """`rows_expected`: impressions of the whole replay, where they are known before it says so."""
+        self._rows_expected = rows_expected
         self.latest: Status = {}
         self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
         self.peak_rss: dict[str, int] = {}
@@ -105,7 +114,7 @@ class Collector:
         return {
             "when_ms": int(time.time() * 1000),
             "uptime_s": round(now_s - self._started_s, 1),
-            "rows_expected": max((r.get("rows_expected", 0.0) for r in by_kind["replay"]), default=0.0),
+            "rows_expected": max([self._rows_expected, *(r.get("rows_expected", 0.0) for r in by_kind["replay"])]),
             "rows_replayed": sum(r.get("rows", 0.0) for r in by_kind["replay"]),
             "rows_joined": sum(r.get("rows", 0.0) for r in by_kind["das"]),
             "rows_trained": sum(r.get("rows", 0.0) for r in by_kind["teacher"]),

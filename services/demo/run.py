@@ -23,7 +23,7 @@ from services import logs, machine
 from services.demo.plot import draw
 from services.demo.progress import Progress
 from services.demo.report import make_rows, print_table, read_results
-from services.demo.settings import build
+from services.demo.settings import build, expected_rows
 from services.demo.verify import ExactlyOnce, count_impressions, read_examples
 from services.metrics import PrometheusTelemetry
 from services.process import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, Context, stop_event
@@ -97,7 +97,8 @@ class _Demo:
         self._once: ExactlyOnce | None = None
         self._sent = 0
         self._supervisor = Supervisor(context.settings, settings_file, context.telemetry, self._say)
-        self._collector = Collector(self._out, self._supervisor.status)
+        self._expected = expected_rows(context.settings)
+        self._collector = Collector(self._out, self._supervisor.status, rows_expected=self._expected)
         self._progress = Progress(self._collector, console)
 
     def run(self) -> int:
@@ -137,10 +138,9 @@ class _Demo:
 
     def _promises(self, results: list[dict[str, Any]]) -> list[str]:
         """What was promised and did not hold."""
-        expected = self._collector.latest.get("rows_expected", 0)
         found = [] if self._once is None else self._once.problems(self._sent)
-        if self._once is not None and self._sent != expected:
-            found.append(f"{self._sent} impressions were sent, the data set has {expected:.0f}")
+        if self._once is not None and self._sent != self._expected:
+            found.append(f"{self._sent} impressions were sent, the data set has {self._expected}")
         students = {s["name"] for s in self._context.settings.students}
         missing = students - {result["name"] for result in results}
         if missing:

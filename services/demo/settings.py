@@ -13,6 +13,7 @@ from das.errors import ConfigError
 from das.schema import FeatureSchema
 from services.replay.dataset import DatasetConfig
 from services.replay.reader import RowReader
+from services.settings import Settings
 
 EVAL_FROM_SHARE = 0.3
 
@@ -41,9 +42,21 @@ def build(out: Path, *, device: str, speed: str, seed: int, rows: int | None) ->
 
 def event_time_ms(schema_file: str, dataset_file: str, row: int) -> int:
     """Event time of one row of a data set, counted from 0; of the last one if there are fewer."""
+    times = (item.time_ms for item in _reader(schema_file, dataset_file).rows())
+    return max(itertools.islice(times, row + 1))
+
+
+def expected_rows(settings: Settings) -> int:
+    """Impressions that the replay of `settings` will send, from the table itself."""
+    assert settings.replay is not None
+    rows = _reader(settings.schema_file, settings.replay.dataset).num_rows
+    assert rows is not None, "the bundled table is Parquet, which knows its rows"
+    return min(rows, settings.replay.limit or rows)
+
+
+def _reader(schema_file: str | Path, dataset_file: str | Path) -> RowReader:
     schema = FeatureSchema.load(schema_file)
     dataset = DatasetConfig.load(dataset_file, schema)
     if dataset.data is None:
         raise ConfigError(f"{dataset_file}: name the table in data")
-    times = (item.time_ms for item in RowReader(dataset.data, dataset, schema).rows())
-    return max(itertools.islice(times, row + 1))
+    return RowReader(dataset.data, dataset, schema)
