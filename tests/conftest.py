@@ -14,6 +14,9 @@ import redis
 
 from services.embedded import start_broker, start_redis
 
+# Before anything imports torch: a result to the bit needs the number of threads that the processes use, which is one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def kafka_bootstrap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
