@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 OWNED_OPTIONS = frozenset(
     {"bootstrap_servers", "group_id", "enable_auto_commit", "auto_offset_reset", "isolation_level", "acks"}
 )
+ENVELOPE_BYTES = 64 << 10
+"""Room for headers beside a value of the greatest size: the quarantine adds some to what it is given."""
 PERMANENT = (
     kafka_errors.AuthorizationError,
     kafka_errors.SaslAuthenticationFailedError,
@@ -121,7 +123,8 @@ def create_topics(config: KafkaConfig) -> None:
     names = config.topics
     wanted = dict.fromkeys((names.impressions, names.feedback, names.examples), config.partitions)
     wanted[names.quarantine] = 1
-    settings = {"retention.ms": str(config.retention_ms), "max.message.bytes": str(config.max_message_bytes)}
+    most_bytes = config.max_message_bytes + ENVELOPE_BYTES
+    settings = {"retention.ms": str(config.retention_ms), "max.message.bytes": str(most_bytes)}
     admin = open_client(kafka.KafkaAdminClient, config, {})
     try:
         for name, partitions in wanted.items():

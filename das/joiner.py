@@ -76,7 +76,7 @@ class Joiner:
         self._lanes: dict[int, JoinerLane] = {}
         self._stop = threading.Event()
         self._alive_s = self._probed_s = 0.0
-        self._moved = False
+        self._moved = self._published = False
         self._progress_s: dict[int, float] = {}
 
     def run(self, stop: threading.Event) -> None:
@@ -85,25 +85,20 @@ class Joiner:
         While the broker is away, tries again with growing pauses. Raises Fatal after `outage_timeout_s` of that.
         """
         self._stop = stop
-        away_since: float | None = None
-        pause_s = 0.1
+        outage = _Outage(self._config.outage_timeout_s, self._config.session_timeout_s)
         try:
             while not stop.is_set():
+                self._published = False
                 try:
                     finished = self._round()
                 except Retryable as error:
-                    now_s = time.monotonic()
-                    away_since = now_s if away_since is None else away_since
-                    if now_s - away_since > self._config.outage_timeout_s:
-                        raise Fatal(f"gave up after {now_s - away_since:.0f} s of: {error}") from error
+                    pause_s = outage.failed(error, time.monotonic())
                     log.warning("trying again in %.1f s: %s", pause_s, error)
                     self._telemetry.gauge("exfm_ready", 0)
                     self._close()
                     stop.wait(pause_s)
-                    pause_s = min(5.0, 2 * pause_s)
                 else:
-                    if away_since is not None:
-                        away_since, pause_s = None, 0.1
+                    if self._lanes and outage.worked(time.monotonic(), published=self._published):
                         self._telemetry.gauge("exfm_ready", 1)
                     if finished:
                         return
@@ -172,6 +167,7 @@ class Joiner:
         replay = cuts[-1].state.replay
         source.commit({lane.partitions[side]: replay[side] for side in SIDES})  # 3. for lag displays only
         fault.point("joiner.after_commit")
+        self._published = True
         rows = sum(len(cut.rows) for cut in cuts)
         self._telemetry.count("exfm_examples_rows_total", rows)
         self._check_awake()
@@ -293,3 +289,34 @@ class Joiner:
                 telemetry.gauge("exfm_lag_records", max(0, behind), topic=tp.topic, partition=str(number))
             telemetry.gauge("exfm_watermark_lag_seconds", join.watermark.lag_ms / 1000, partition=str(number))
         telemetry.gauge("exfm_joiner_pending", sum(len(lane.join.pending) for lane in self._lanes.values()))
+
+
+class _Outage:
+    """Growing pauses while rounds fail; over after a message got through or after a while without failure."""
+
+    def __init__(self, limit_s: float, calm_s: float) -> None:
+        self._limit_s = limit_s
+        self._calm_s = calm_s
+        self._since_s: float | None = None
+        self._well_s: float | None = None
+        self._pause_s = 0.1
+
+    def failed(self, error: Retryable, now_s: float) -> float:
+        """How long to wait before the next try. Raises Fatal when the outage has lasted too long."""
+        self._well_s = None
+        self._since_s = now_s if self._since_s is None else self._since_s
+        if now_s - self._since_s > self._limit_s:
+            raise Fatal(f"gave up after {now_s - self._since_s:.0f} s (joiner.outage_timeout_s) of: {error}") from error
+        pause_s, self._pause_s = self._pause_s, min(5.0, 2 * self._pause_s)
+        return pause_s
+
+    def worked(self, now_s: float, *, published: bool) -> bool:
+        """Note a round without failure; True if it was the first after an outage."""
+        if self._since_s is None:
+            return False
+        first = self._well_s is None
+        self._well_s = now_s if first else self._well_s
+        assert self._well_s is not None
+        if published or now_s - self._well_s > self._calm_s:
+            self._since_s, self._pause_s = None, 0.1
+        return first

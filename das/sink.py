@@ -9,8 +9,9 @@ from typing import Any
 import kafka
 from kafka import errors as kafka_errors
 
-from das.broker import KafkaConfig, open_client, translate
+from das.broker import ENVELOPE_BYTES, KafkaConfig, open_client, translate
 from das.deadline import Deadline
+from das.errors import Fatal
 
 
 class KafkaSink:
@@ -23,7 +24,7 @@ class KafkaSink:
             "compression_type": config.compression,
             "linger_ms": 5,
             "batch_size": 256 << 10,
-            "max_request_size": config.max_message_bytes,
+            "max_request_size": config.max_message_bytes + ENVELOPE_BYTES,
             "delivery_timeout_ms": timeout_ms + 1000,
             "request_timeout_ms": timeout_ms,
             "max_block_ms": timeout_ms,
@@ -48,6 +49,12 @@ class KafkaSink:
         Raises Retryable or Fatal, perhaps for an earlier record.
         """
         value = b"" if value is None and key is None else value
+        size = len(value or b"") + len(key or b"")
+        if size > self._config.max_message_bytes:
+            raise Fatal(
+                f"a record of {size} bytes for topic '{topic}' is more than kafka.max_message_bytes = "
+                f"{self._config.max_message_bytes}; raise that and the topic's max.message.bytes, or send less at once"
+            )
         try:
             future = self._producer.send(
                 topic, value, key=key, headers=list((headers or {}).items()), partition=partition,
@@ -55,7 +62,6 @@ class KafkaSink:
             )  # fmt: skip
         except kafka_errors.KafkaError as error:
             raise translate(error, self._config) from error
-        size = len(value or b"") + len(key or b"")
         self._in_flight.append((future, size))
         self._in_flight_bytes += size
         deadline = Deadline.after(self._config.produce_timeout_s)

@@ -18,7 +18,7 @@ import xxhash
 from kafka import errors as kafka_errors
 from kafka.coordinator.assignors.range import RangePartitionAssignor
 
-from das.broker import KafkaConfig, TopicsConfig, create_topics, open_client, translate, wait_for_broker
+from das.broker import ENVELOPE_BYTES, KafkaConfig, TopicsConfig, create_topics, open_client, translate, wait_for_broker
 from das.deadline import Deadline
 from das.errors import Fatal, Retryable
 from das.sink import KafkaSink
@@ -145,7 +145,7 @@ class KafkaSource:
             "heartbeat_interval_ms": int(session_timeout_s * 1000 / 5),
             "max_poll_interval_ms": 300_000,
             "fetch_max_wait_ms": 250,
-            "max_partition_fetch_bytes": max(1 << 20, config.max_message_bytes),
+            "max_partition_fetch_bytes": max(1 << 20, config.max_message_bytes + ENVELOPE_BYTES),
         }
         self._config = config
         self._consumer = open_client(kafka.KafkaConsumer, config, options)

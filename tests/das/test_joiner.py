@@ -8,9 +8,10 @@ from collections import Counter
 import joiner_rig as rig
 import pytest
 
-from das.errors import Fatal
-from das.quarantine import QuarantineLimit
-from das.stream import KafkaSink
+from das.errors import Fatal, Retryable
+from das.join_state import JoinState, ReleaseKey, encode_state, last_state
+from das.quarantine import Quarantine, QuarantineLimit
+from das.stream import KafkaSink, Record
 
 
 @pytest.fixture
@@ -138,3 +139,45 @@ def test_a_failed_round_starts_over_and_ends_the_same(sent, monkeypatch: pytest.
     assert examples.labels == stream.labels
     assert examples.times_seen == Counter(stream.labels.keys())
     assert telemetry.gauges["exfm_ready", ()] == 1
+
+
+def test_nothing_moves_on_before_the_quarantine_is_acknowledged(sent, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, sink = sent
+    rig.send_json(config, sink, "impressions", "x", b"garbage")
+    rig.Stream(300).send(config, sink)
+
+    def refuse(_: Quarantine) -> None:
+        raise Retryable("the quarantine topic is away")
+
+    monkeypatch.setattr(Quarantine, "flush", refuse)
+    with pytest.raises(Fatal, match=r"gave up after .*joiner\.outage_timeout_s.*the quarantine topic is away"):
+        rig.run_here(config, outage_timeout_s=2)
+    assert [rig.read_topic(config, config.topics.examples, p) for p in range(2)] == [[], []]
+
+
+def test_a_poison_record_of_the_greatest_size_still_fits_the_quarantine(kafka_bootstrap: str, prefix: str) -> None:
+    config = rig.kafka_config(kafka_bootstrap, prefix, max_message_bytes=1 << 16)
+    sink = KafkaSink(config)
+    rig.send_json(config, sink, "impressions", "x", b"{" * ((1 << 16) - 100))
+    rig.send_end(config, sink)
+    sink.flush(10)
+    sink.close()
+    rig.run_here(config)
+    (bad,) = rig.read_topic(config, config.topics.quarantine, 0)
+    assert len(bad.value or b"") == (1 << 16) - 100
+
+
+def test_the_newest_state_is_found_behind_older_messages_that_were_appended_again() -> None:
+    def message(seq: int) -> Record:
+        state = JoinState(
+            seq=seq, key=ReleaseKey(seq, "x"), first_release_ms=0, last_release_ms=seq, next=(seq, seq),
+            replay=(0, 0), replay_max_ms=(0, 0), ends=(0, 0), ended=(False, False),
+        )  # fmt: skip
+        return Record("examples", 0, 0, 0, None, b"", {"exfm-join": encode_state(state)})
+
+    found = last_state([message(seq) for seq in (8, 9, 10, 4, 5)])
+    assert found is not None
+    assert found.key == ReleaseKey(10, "x")
+    assert last_state([]) is None
+    with pytest.raises(Fatal, match="only joiners may write"):
+        last_state([Record("examples", 0, 7, 0, None, b"", {})])

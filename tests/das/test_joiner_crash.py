@@ -57,6 +57,7 @@ def test_kill_9_at_every_point_changes_no_message(
     assert examples.times_seen == Counter(stream.labels.keys())
     assert examples.labels == stream.labels
     assert examples.ends == {0: 1, 1: 1}
+    assert examples.repeated_messages == 0
     assert examples.values == join_without_faults(config).values
 
 

@@ -85,6 +85,33 @@ def test_a_broker_that_stalls_delays_examples_and_changes_none(tmp_path: Path, p
 
 
 @pytest.mark.faults
+def test_a_stalled_broker_does_not_close_windows(tmp_path: Path, prefix: str) -> None:
+    server = start_broker(tmp_path)
+    config, telemetry = rig.kafka_config(server.address, prefix), RecordingTelemetry()
+    options = {"stop_at_end": False, "idle_timeout_s": 1.0, "session_timeout_s": 10, "linger_ms": 0}
+    background = rig.Background(rig.make_joiner(config, telemetry, schema=SHORT, **options))
+    sink = KafkaSink(config)
+    until(lambda: ("exfm_joiner_pending", ()) in telemetry.gauges)
+    now_ms = int(time.time() * 1000)
+    message = {"impression_id": "x", "event_time": now_ms, "domain": "0", "features": {"item": 1, "price": 0}}
+    click = {"impression_id": "x", "objective": "click", "event_time": now_ms + 200, "value": 1}
+    rig.send_json(config, sink, "impressions", "x", message)
+    sink.flush(10)
+    until(lambda: telemetry.gauges["exfm_joiner_pending", ()] == 1)
+    os.kill(server.process.pid, signal.SIGSTOP)
+    time.sleep(4.0)
+    os.kill(server.process.pid, signal.SIGCONT)
+    rig.send_json(config, sink, "feedback", "x", click)
+    sink.flush(10)
+    until(lambda: telemetry.total("exfm_examples_rows_total") == 1)
+    background.stop.set()
+    background.finish()
+    assert rig.Examples(config).labels == {"x": (1, 0)}
+    sink.close()
+    server.stop()
+
+
+@pytest.mark.faults
 def test_silence_of_a_stalled_broker_is_told_from_silence_of_the_stream(tmp_path: Path, prefix: str) -> None:
     server = start_broker(tmp_path)
     config = rig.kafka_config(server.address, prefix)
