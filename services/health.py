@@ -92,6 +92,7 @@ class _Server(ThreadingHTTPServer):
     """One daemon thread per connection, at most MAX_CONNECTIONS; further ones are closed at once."""
 
     daemon_threads = True
+    request_queue_size = MAX_CONNECTIONS
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from das.errors import ConfigError
 from services.health import HealthConfig, HealthServer, write_address
 from services.live import pages
 from services.process import Context
@@ -42,7 +43,12 @@ def open_live_page(context: Context, collector: Collector) -> HealthServer | Non
     if not config.live:
         return None
     where = HealthConfig(port=config.live_port)
-    server = HealthServer(where, CollectorRegistry(), context.telemetry.is_ready, pages(collector))
+    try:
+        server = HealthServer(where, CollectorRegistry(), context.telemetry.is_ready, pages(collector))
+    except OSError as error:
+        raise ConfigError(
+            f"supervisor.live_port: cannot listen on {config.live_port}: {error}; set 0 or a free port"
+        ) from None
     server.start()
     write_address(context.settings.run_dir, LIVE, server.address)
     context.log.info("live page", url=f"http://{server.address}/")

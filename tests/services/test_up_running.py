@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,3 +122,14 @@ def test_a_refused_configuration_stops_the_pipeline_with_its_message(tmp_path: P
         run.close()
     assert "configuration refused: settings: teacher" in run.stderr
     assert "did you mean 'model'" in run.stderr
+
+
+def test_a_taken_live_port_is_refused_with_the_fix(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run = Up(settings(tmp_path, rows=500, teacher=None, students=[], supervisor={"live_port": port}))
+        try:
+            assert run.finish(30) == 2
+        finally:
+            run.close()
+    assert f"supervisor.live_port: cannot listen on {port}" in run.stderr
