@@ -32,7 +32,7 @@ class JoinConfig(Config):
     idle_timeout_s: float | None = Field(30.0, gt=0)  # None: never; the output then depends on the input alone
     batch_rows: int = Field(256, ge=1, le=65_536)
     batch_bytes: int = Field(4 << 20, ge=1024)  # of impressions as they were read
-    linger_ms: int = Field(5_000, ge=0)
+    linger_ms: int = Field(60_000, ge=0)
     dedup_ms: int = Field(600_000, ge=0)
     dedup_max: int = Field(1_000_000, ge=0)
     max_orphans: int = Field(200_000, ge=1)

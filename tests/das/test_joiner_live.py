@@ -120,6 +120,7 @@ def test_silence_of_a_stalled_broker_is_told_from_silence_of_the_stream(tmp_path
     source.poll(0.2, 10)
     assert source.reachable(2.0)
     os.kill(server.process.pid, signal.SIGSTOP)
+    until(lambda: psutil.Process(server.process.pid).status() == psutil.STATUS_STOPPED)
     assert not source.reachable(0.5)
     os.kill(server.process.pid, signal.SIGCONT)
     assert source.reachable(5.0)
