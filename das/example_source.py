@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 import pyarrow as pa
@@ -47,6 +48,20 @@ class ExampleMessage:
     batch: pa.RecordBatch
     checksum: int
     appended_ms: int
+
+
+class ExampleReader(Protocol):
+    """What the training loops read from; `ExampleSource` in every process."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether every partition reached its end of stream and everything before was delivered."""
+
+    def poll(self, timeout_s: float, max_messages: int) -> list[ExampleMessage]:
+        """The next messages, in the merged order."""
+
+    def commit(self, positions: Positions) -> None:
+        """Store the positions for lag displays."""
 
 
 class _Head(msgspec.Struct, frozen=True, gc=False):

@@ -19,7 +19,7 @@ import numpy as np
 from das import fault
 from das.deadline import Deadline
 from das.errors import ConfigError, Fatal, Retryable
-from das.example_source import ExampleMessage
+from das.example_source import ExampleMessage, ExampleReader
 from das.logit_block import encode_block
 from das.logit_store import PutResult
 from das.position import Position, Positions
@@ -39,20 +39,6 @@ GAUGES_EVERY_STEPS = 20
 AGES_PER_STEP = 4
 
 
-class Source(Protocol):
-    """What the loop reads from: `das.example_source.ExampleSource`."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether every partition reached its end of stream and everything before was delivered."""
-
-    def poll(self, timeout_s: float, max_messages: int) -> list[ExampleMessage]:
-        """The next messages, in the merged order."""
-
-    def commit(self, positions: Positions) -> None:
-        """Store the positions for lag displays."""
-
-
 class Store(Protocol):
     """What the loop writes to: `das.logit_store.LogitStore`."""
 
@@ -68,7 +54,7 @@ class TeacherLoop:
 
     def __init__(
         self,
-        source: Source,
+        source: ExampleReader,
         store: Store,
         trainer: TeacherTrainer,
         positions: Positions,

@@ -6,26 +6,25 @@ Shape legend: B rows, K objectives.
 from __future__ import annotations
 
 import logging
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import AwareDatetime, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from das.config import Config
 from das.errors import ConfigError
 from das.logit_block import BlockDtype
 from das.schema import FeatureSchema
 from das.telemetry import NullTelemetry, Telemetry
 from foundation_model.batch import Batch
-from foundation_model.features import FeatureEncoder, TablesConfig
+from foundation_model.features import FeatureEncoder
 from foundation_model.kunlun import Kunlun
 from foundation_model.kunlun_config import KunlunConfig
 from foundation_model.metrics import LOGIT_LIMIT, ProgressiveMetrics
 from foundation_model.optimizers import OptimizerConfig, Optimizers
 from foundation_model.snapshot import Snapshot, load_rng_tensors, pack, rng_tensors, unpack
+from foundation_model.training_config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +32,11 @@ BOUND = ("tables", "model", "seed", "eval_from")
 """Config fields that a snapshot binds: another value would be another model, or metrics of other rows."""
 
 
-class TeacherConfig(Config):
+class TeacherConfig(TrainingConfig):
     """The teacher: its model, how it learns, and how often it saves."""
 
     name: str = Field("kunlun", pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     """Names the teacher's blocks in the store; a retrained teacher over the same stream needs another one."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(1, ge=1, le=1024)
-    """CPU threads of torch. Results are bit-identical for one value of it."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    tables: TablesConfig = TablesConfig()
     model: KunlunConfig = KunlunConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     objective_weights: dict[str, float] = Field(default_factory=dict)
@@ -51,8 +45,6 @@ class TeacherConfig(Config):
     """Messages scored and trained as one batch. Above 1, a step waits until that many have arrived."""
     snapshot_every_messages: int = Field(100, ge=1)
     keep_snapshots: int = Field(3, ge=1, le=1000)
-    eval_from: AwareDatetime | None = None
-    """Progressive metrics cover rows from this event time on: ISO 8601 with its zone, or milliseconds."""
     put_timeout_s: float = Field(600.0, gt=0)
     """How long to wait for a store or a broker that is away before giving up."""
     logit_dtype: BlockDtype = "float16"
@@ -63,18 +55,6 @@ class TeacherConfig(Config):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"objective_weights.{name} is {weight}; set 0 or more")
         return self
-
-    @property
-    def eval_from_ms(self) -> int | None:
-        """`eval_from` in milliseconds since the epoch."""
-        return None if self.eval_from is None else round(self.eval_from.timestamp() * 1000)
-
-    def torch_device(self) -> torch.device:
-        """The device to use. Raises ConfigError if a GPU was asked for and there is none."""
-        there = torch.cuda.is_available()
-        if self.device == "cuda" and not there:
-            raise ConfigError("teacher.device: cuda, but torch sees no GPU here; set cpu or auto")
-        return torch.device("cuda" if there and self.device != "cpu" else "cpu")
 
 
 class TeacherTrainer:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-import torch
-from pydantic import AwareDatetime, Field, field_validator
+from pydantic import Field, field_validator
 
-from das.config import Config
 from das.errors import ConfigError
 from das.lookup import LookupConfig
 from das.schema import FeatureSchema
-from foundation_model.features import FeatureEncoder, TablesConfig
+from foundation_model.features import FeatureEncoder
 from foundation_model.optimizers import OptimizerConfig
+from foundation_model.training_config import TrainingConfig
 from vertical_models.dcnv2 import DCNv2Config
 from vertical_models.objective import DistillationConfig
 from vertical_models.serving import InputConfig
@@ -20,7 +19,7 @@ from vertical_models.serving import InputConfig
 StudentName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
 
-class StudentConfig(Config):
+class StudentConfig(TrainingConfig):
     """One student: which rows and features it reads, how it learns, when it saves."""
 
     name: StudentName
@@ -31,20 +30,14 @@ class StudentConfig(Config):
     objectives: tuple[str, ...] = Field(min_length=1)
     features: tuple[str, ...] | None = Field(None, min_length=1)
     """The features it reads, names of the schema; null = all."""
-    tables: TablesConfig = TablesConfig()
     inputs: InputConfig = InputConfig()
     backbone: DCNv2Config = DCNv2Config()
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3, table_lr=0.05)
     distillation: DistillationConfig = DistillationConfig()
     lookup: LookupConfig = LookupConfig()
     device: Literal["auto", "cpu", "cuda"] = "cpu"
-    threads: int = Field(1, ge=1, le=1024)
-    """CPU threads of torch. Results are bit-identical for one value of it."""
     batch_rows: int = Field(64, ge=1, le=65_536)
     """Rows per step; at an end of stream, the last step has what is left."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    eval_from: AwareDatetime | None = None
-    """Progressive metrics cover rows from this event time on: ISO 8601 with its zone, or milliseconds."""
     snapshot_every_steps: int = Field(500, ge=1)
     keep_snapshots: int = Field(2, ge=1, le=1000)
     poll_timeout_s: float = Field(600.0, gt=0)
@@ -63,16 +56,9 @@ class StudentConfig(Config):
         return self.arm or self.distillation.mode
 
     @property
-    def eval_from_ms(self) -> int | None:
-        """`eval_from` in milliseconds since the epoch."""
-        return None if self.eval_from is None else round(self.eval_from.timestamp() * 1000)
-
-    def torch_device(self) -> torch.device:
-        """The device to use. Raises ConfigError if a GPU was asked for and there is none."""
-        there = torch.cuda.is_available()
-        if self.device == "cuda" and not there:
-            raise ConfigError(f"student '{self.name}': device: cuda, but torch sees no GPU here; set cpu or auto")
-        return torch.device("cuda" if there and self.device != "cpu" else "cpu")
+    def owner(self) -> str:
+        """How errors name whose configuration this is."""
+        return f"student '{self.name}'"
 
     def encoder(self, schema: FeatureSchema) -> FeatureEncoder:
         """The encoder of this student's features and objectives. Raises ConfigError; see `check`."""

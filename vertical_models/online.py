@@ -11,14 +11,14 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from das import fault
 from das.deadline import Deadline
 from das.errors import Fatal, Retryable
-from das.example_source import ExampleMessage
+from das.example_source import ExampleMessage, ExampleReader
 from das.logit_block import LogitBlock
 from das.lookup import LogitLookup
 from das.position import Position, Positions
@@ -40,26 +40,12 @@ GAUGES_EVERY_STEPS = 20
 AGES_PER_STEP = 4
 
 
-class Source(Protocol):
-    """What the loop reads from: `das.example_source.ExampleSource`."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether every partition reached its end of stream and everything before was delivered."""
-
-    def poll(self, timeout_s: float, max_messages: int) -> list[ExampleMessage]:
-        """The next messages, in the merged order."""
-
-    def commit(self, positions: Positions) -> None:
-        """Store the positions for lag displays."""
-
-
 class StudentLoop:
     """Runs one student until the stream ends or it is asked to stop. One thread."""
 
     def __init__(
         self,
-        source: Source,
+        source: ExampleReader,
         lookup: LogitLookup | None,
         trainer: StudentTrainer,
         resumed: Resumed,
