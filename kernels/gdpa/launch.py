@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gdpa import triton_kernels
 from kernels.gdpa.tiles import Problem, Tiles, backward_query_tiles, backward_tiles, forward_tiles
@@ -59,15 +60,21 @@ def forward(
     for name, heads in _runs(activation, problem.num_heads):
         tensors = [x[..., heads, :] for x in (q, k, v, out)]
         strides = _strides(("q", "k", "v", "o"), tensors)
-        grid = (problem.num_examples * tensors[0].shape[1], splits)
+        num_heads = tensors[0].shape[1]
+        grid = (problem.num_examples * num_heads, splits)
         options = strides | _options(problem, tiles, name, splits)
+        streamed = _described(tensors[:1] if short else tensors[1:3], tiles, tiles.block_m if short else tiles.block_n)
+        options["TMA"] = streamed is not None
+        if streamed is not None:
+            tensors[0 if short else 1 : 1 if short else 3] = streamed
         if short:
             triton_kernels._gdpa_fwd_short_kernel[grid](
-                *tensors, q_offsets, tensors[0].shape[1], problem.dense_keys, inner, outer, **options
-            )
+                *tensors, q_offsets, num_heads, problem.dense_keys, inner, outer,
+                LATE=tiles.late, **options,
+            )  # fmt: skip
         else:
             triton_kernels._gdpa_fwd_kernel[grid](
-                *tensors, q_offsets, _offsets(kv_offsets, q_offsets), tensors[0].shape[1],
+                *tensors, q_offsets, _offsets(kv_offsets, q_offsets), num_heads,
                 problem.dense_keys or 0, window or 0, inner, outer,
                 JAGGED=kv_offsets is not None, WINDOW=window is not None, **options,
             )  # fmt: skip
@@ -107,10 +114,12 @@ def backward(
         strides = _strides(("q", "k", "v", "do", "g"), [*qkvg, dq])
         num_heads = qkvg[0].shape[1]
         grid = (problem.num_examples * num_heads, splits)
+        streamed = _described([qkvg[0], qkvg[3]], tiles, tiles.block_m)
+        q_and_grad = [qkvg[0], qkvg[3]] if streamed is None else streamed
         triton_kernels._gdpa_bwd_kernel[grid](
-            *qkvg, *grads, q_offsets, _offsets(kv_offsets, q_offsets), num_heads,
+            q_and_grad[0], *qkvg[1:3], q_and_grad[1], *grads, q_offsets, _offsets(kv_offsets, q_offsets), num_heads,
             problem.dense_keys or 0, kv_rows, window or 0, inner, outer,
-            DQ=mode, JAGGED=kv_offsets is not None, WINDOW=window is not None,
+            DQ=mode, LATE=tiles.late and mode != "skip", TMA=streamed is not None, JAGGED=kv_offsets is not None, WINDOW=window is not None,
             **strides, **_options(problem, tiles, name, splits),
         )  # fmt: skip
         if mode == "skip":
@@ -166,6 +175,20 @@ def _options(problem: Problem, tiles: Tiles, activation: str, splits: int) -> di
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
+
+
+def _described(tensors: Sequence[Tensor], tiles: Tiles, block: int) -> list[TensorDescriptor] | None:
+    """Copy-engine descriptors of (rows, columns of all heads) in blocks of one head; None where it cannot read them."""
+    described = []
+    for x in tensors:
+        width, row_stride = x.shape[-1], x.stride(-3)
+        rows = x.shape[:-2].numel()
+        aligned = x.data_ptr() % 16 == 0 and row_stride * x.element_size() % 16 == 0
+        if not (tiles.tma and rows and aligned and width >= 16 and width & (width - 1) == 0):
+            return None
+        columns = (x.shape[-2] - 1) * x.stride(-2) + width
+        described.append(TensorDescriptor(x, [rows, columns], [row_stride, 1], [block, width]))
+    return described
 
 
 def _strides(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, int]:

@@ -22,6 +22,10 @@ class Tiles:
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    """The streamed tiles come through the copy engine where layout and card allow: fewer registers and instructions."""
+    late: bool = False
+    """A tile's result is stored an iteration later, so that no wait stands between its last product and the next."""
 
 
 @dataclass(frozen=True, slots=True)

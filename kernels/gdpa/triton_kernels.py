@@ -10,46 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.device import example_rows, in_window, load_rows, store_rows, stream_base, stream_rows
 from kernels.gdpa.triton_activations import activate, activate_with_slope
-
-
-@triton.jit
-def _rows(offsets, b, num_dense, JAGGED: tl.constexpr):
-    """First row (int64) and number of rows of example b; dense examples have `num_dense` rows each."""
-    if JAGGED:
-        first = tl.load(offsets + b)
-        return first.to(tl.int64), tl.load(offsets + b + 1) - first
-    return b * num_dense, num_dense
-
-
-@triton.jit
-def _load(base, first, num_rows, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [first, first + BLOCK) of one head, zeros past `num_rows` and past D."""
-    row = tl.arange(0, BLOCK)
-    d = tl.arange(0, BLOCK_D)
-    mask = (row < num_rows - first)[:, None]
-    if D < BLOCK_D:
-        mask = mask & (d < D)[None, :]
-    # The tile's first row in 64 bits, as a scalar; offsets within the tile fit 32, which halves their registers.
-    return tl.load(base + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + d[None, :]), mask=mask, other=0.0)
-
-
-@triton.jit
-def _store(base, x, first, num_rows, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = tl.arange(0, BLOCK)
-    d = tl.arange(0, BLOCK_D)
-    mask = (row < num_rows - first)[:, None]
-    if D < BLOCK_D:
-        mask = mask & (d < D)[None, :]
-    tile = base + tl.cast(first, tl.int64) * stride
-    tl.store(tile + (row[:, None] * stride + d[None, :]), x.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _in_window(x, row_first, column_first, window, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """x where |row - column| <= window, else 0."""
-    distance = (row_first + tl.arange(0, ROWS))[:, None] - (column_first + tl.arange(0, COLUMNS))[None, :]
-    return tl.where((distance <= window) & (distance >= -window), x, 0.0)
 
 
 @triton.jit
@@ -58,26 +20,36 @@ def _gdpa_fwd_short_kernel(
     num_heads, num_kv, inner, outer,
     stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    ACTIVATION: tl.constexpr, APPROX: tl.constexpr, PRECISION: tl.constexpr,
+    LATE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    ACTIVATION: tl.constexpr, APPROX: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Dense keys of one tile: they stay on chip while the example's queries stream by."""
     pid = tl.program_id(0).to(tl.int64)
     b, h = pid // num_heads, pid % num_heads
-    first, num_q = _rows(q_offsets, b, 0, True)
+    first, num_q = example_rows(q_offsets, b, 0, True)
     tile_first = tl.program_id(1) * BLOCK_M
     if tile_first >= num_q:
         return
-    k_ND = _load(k + b * num_kv * stride_kt + h * stride_kh, 0, num_kv, stride_kt, BLOCK_N, D, BLOCK_D)
-    v_ND = _load(v + b * num_kv * stride_vt + h * stride_vh, 0, num_kv, stride_vt, BLOCK_N, D, BLOCK_D)
-    q_base = q + first * stride_qt + h * stride_qh
+    k_ND = load_rows(k + b * num_kv * stride_kt + h * stride_kh, 0, num_kv, stride_kt, BLOCK_N, D, BLOCK_D)
+    v_ND = load_rows(v + b * num_kv * stride_vt + h * stride_vh, 0, num_kv, stride_vt, BLOCK_N, D, BLOCK_D)
+    q_base = stream_base(q, first, h * stride_qh, stride_qt, TMA)
     out_base = out + first * stride_ot + h * stride_oh
-    for m in range(tile_first, num_q, SPLITS * BLOCK_M):
-        q_MD = _load(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
+    o_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float64 if k_ND.dtype == tl.float64 else tl.float32)
+    step = SPLITS * BLOCK_M
+    for m in range(tile_first, num_q, step):
+        q_MD = stream_rows(q, q_base, first, m, num_q, h * stride_qh, stride_qt, BLOCK_M, D, BLOCK_D, TMA)
         s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
+        if LATE:
+            # The tile before this one: its product and this one's scores ran without a wait between them.
+            before = tl.maximum(m - step, tile_first)
+            store_rows(out_base, o_MD, before, tl.where(m > tile_first, num_q, 0), stride_ot, BLOCK_M, D, BLOCK_D)
         p_MN = activate(s_MN, inner, outer, ACTIVATION, APPROX)
         o_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, input_precision=PRECISION)
-        _store(out_base, o_MD, m, num_q, stride_ot, BLOCK_M, D, BLOCK_D)
+        if not LATE:
+            store_rows(out_base, o_MD, m, num_q, stride_ot, BLOCK_M, D, BLOCK_D)
+    if LATE:
+        last = tile_first + (num_q - tile_first - 1) // step * step
+        store_rows(out_base, o_MD, last, num_q, stride_ot, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -88,33 +60,54 @@ def _gdpa_fwd_kernel(
     stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
     JAGGED: tl.constexpr, WINDOW: tl.constexpr,
-    ACTIVATION: tl.constexpr, APPROX: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, APPROX: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Keys of any length: one query tile stays on chip while the keys stream by."""
     pid = tl.program_id(0).to(tl.int64)
     b, h = pid // num_heads, pid % num_heads
-    first, num_q = _rows(q_offsets, b, 0, True)
-    kv_first, length = _rows(kv_offsets, b, num_kv, JAGGED)
+    first, num_q = example_rows(q_offsets, b, 0, True)
+    kv_first, length = example_rows(kv_offsets, b, num_kv, JAGGED)
     q_base = q + first * stride_qt + h * stride_qh
-    k_base = k + kv_first * stride_kt + h * stride_kh
-    v_base = v + kv_first * stride_vt + h * stride_vh
+    k_base = stream_base(k, kv_first, h * stride_kh, stride_kt, TMA)
+    v_base = stream_base(v, kv_first, h * stride_vh, stride_vt, TMA)
     out_base = out + first * stride_ot + h * stride_oh
     for m in range(tl.program_id(1) * BLOCK_M, num_q, SPLITS * BLOCK_M):
-        q_MD = _load(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
+        q_MD = load_rows(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
         lo, hi = 0, length
         if WINDOW:
             lo = tl.maximum(m - window, 0) // BLOCK_N * BLOCK_N
             hi = tl.minimum(m + BLOCK_M + window, length)
         o_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float64 if q_MD.dtype == tl.float64 else tl.float32)
         for n in range(lo, hi, BLOCK_N):
-            k_ND = _load(k_base, n, length, stride_kt, BLOCK_N, D, BLOCK_D)
-            v_ND = _load(v_base, n, length, stride_vt, BLOCK_N, D, BLOCK_D)
+            k_ND = stream_rows(k, k_base, kv_first, n, length, h * stride_kh, stride_kt, BLOCK_N, D, BLOCK_D, TMA)
+            v_ND = stream_rows(v, v_base, kv_first, n, length, h * stride_vh, stride_vt, BLOCK_N, D, BLOCK_D, TMA)
             s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
             p_MN = activate(s_MN, inner, outer, ACTIVATION, APPROX)
             if WINDOW:
-                p_MN = _in_window(p_MN, m, n, window, BLOCK_M, BLOCK_N)
+                p_MN = in_window(p_MN, m, n, window, BLOCK_M, BLOCK_N)
+            if TMA:
+                if n + BLOCK_N > length:
+                    p_MN = tl.where((n + tl.arange(0, BLOCK_N) < length)[None, :], p_MN, 0.0)
             o_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, o_MD, input_precision=PRECISION)
-        _store(out_base, o_MD, m, num_q, stride_ot, BLOCK_M, D, BLOCK_D)
+        store_rows(out_base, o_MD, m, num_q, stride_ot, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit
+def _keep_dq(
+    dq_base, scratch_base, dq_MD, m, num_rows, n, length, window, stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    DQ: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Store query tile m's dQ: for good after its last key tile, in scratch before."""
+    if DQ == "store":
+        store_rows(dq_base, dq_MD, m, num_rows, stride, BLOCK_M, D, BLOCK_D)
+    else:
+        latest = length - 1
+        if WINDOW:
+            latest = tl.minimum(m + BLOCK_M - 1 + window, latest)
+        is_last = n // BLOCK_N == latest // BLOCK_N
+        store_rows(dq_base, dq_MD, m, tl.where(is_last, num_rows, 0), stride, BLOCK_M, D, BLOCK_D)
+        store_rows(scratch_base, dq_MD, m, tl.where(is_last, 0, num_rows), stride, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_kv_rows", "window"])
@@ -125,8 +118,8 @@ def _gdpa_bwd_kernel(
     stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_gt: tl.constexpr, stride_gh: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    DQ: tl.constexpr, JAGGED: tl.constexpr, WINDOW: tl.constexpr,
-    ACTIVATION: tl.constexpr, APPROX: tl.constexpr, PRECISION: tl.constexpr,
+    DQ: tl.constexpr, LATE: tl.constexpr, JAGGED: tl.constexpr, WINDOW: tl.constexpr,
+    ACTIVATION: tl.constexpr, APPROX: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of key tiles in registers while the queries stream by: five matmuls a pair of tiles.
 
@@ -138,10 +131,10 @@ def _gdpa_bwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     b, h = pid // num_heads, pid % num_heads
     share = tl.program_id(1)
-    first, num_q = _rows(q_offsets, b, 0, True)
-    kv_first, length = _rows(kv_offsets, b, num_kv, JAGGED)
-    q_base = q + first * stride_qt + h * stride_qh
-    do_base = do + first * stride_dot + h * stride_doh
+    first, num_q = example_rows(q_offsets, b, 0, True)
+    kv_first, length = example_rows(kv_offsets, b, num_kv, JAGGED)
+    q_base = stream_base(q, first, h * stride_qh, stride_qt, TMA)
+    do_base = stream_base(do, first, h * stride_doh, stride_dot, TMA)
     dq_base = dq + first * stride_gt + h * stride_gh
     scratch_base = scratch + first * stride_gt + h * stride_gh
     k_base = k + kv_first * stride_kt + h * stride_kh
@@ -159,8 +152,8 @@ def _gdpa_bwd_kernel(
         if DQ == "carry":
             # Another thread of this program may have carried the value that this one continues.
             tl.debug_barrier()
-        k_ND = _load(k_base, n, length, stride_kt, BLOCK_N, D, BLOCK_D)
-        v_ND = _load(v_base, n, length, stride_vt, BLOCK_N, D, BLOCK_D)
+        k_ND = load_rows(k_base, n, length, stride_kt, BLOCK_N, D, BLOCK_D)
+        v_ND = load_rows(v_base, n, length, stride_vt, BLOCK_N, D, BLOCK_D)
         dk_ND = tl.zeros((BLOCK_N, BLOCK_D), ACC)
         dv_ND = tl.zeros((BLOCK_N, BLOCK_D), ACC)
         lo, hi, step = 0, num_q, BLOCK_M
@@ -170,35 +163,48 @@ def _gdpa_bwd_kernel(
         if WINDOW:
             lo = tl.maximum(n - window, 0) // BLOCK_M * BLOCK_M
             hi = tl.minimum(n + BLOCK_N + window, num_q)
+        dq_MD = tl.zeros((BLOCK_M, BLOCK_D), ACC)
         for m in range(lo, hi, step):
-            q_MD = _load(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
-            do_MD = _load(do_base, m, num_q, stride_dot, BLOCK_M, D, BLOCK_D)
+            q_MD = stream_rows(q, q_base, first, m, num_q, h * stride_qh, stride_qt, BLOCK_M, D, BLOCK_D, TMA)
+            do_MD = stream_rows(do, do_base, first, m, num_q, h * stride_doh, stride_dot, BLOCK_M, D, BLOCK_D, TMA)
             s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION)
+            if LATE:
+                # Of the tile before this one: its three products and these scores ran without a wait between them.
+                _keep_dq(dq_base, scratch_base, dq_MD, tl.maximum(m - step, lo), tl.where(m > lo, num_q, 0), n, length, window, stride_gt,
+                         BLOCK_M, BLOCK_N, D, BLOCK_D, DQ, WINDOW)  # fmt: skip
             dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision=PRECISION)
             p_NM, slope_NM = activate_with_slope(s_NM, inner, outer, ACTIVATION, APPROX)
             ds_NM = slope_NM * dp_NM
             if WINDOW:
-                p_NM = _in_window(p_NM, n, m, window, BLOCK_N, BLOCK_M)
-                ds_NM = _in_window(ds_NM, n, m, window, BLOCK_N, BLOCK_M)
+                p_NM = in_window(p_NM, n, m, window, BLOCK_N, BLOCK_M)
+                ds_NM = in_window(ds_NM, n, m, window, BLOCK_N, BLOCK_M)
+            p_NM = p_NM.to(do_MD.dtype)
             ds_NM = ds_NM.to(q_MD.dtype)
-            dv_ND = tl.dot(p_NM.to(do_MD.dtype), do_MD, dv_ND, input_precision=PRECISION)
+            if TMA:
+                if m + BLOCK_M > num_q:
+                    real_M = (m + tl.arange(0, BLOCK_M) < num_q)[None, :]
+                    p_NM = tl.where(real_M, p_NM, 0.0)
+                    ds_NM = tl.where(real_M, ds_NM, 0.0)
+            dv_ND = tl.dot(p_NM, do_MD, dv_ND, input_precision=PRECISION)
             dk_ND = tl.dot(ds_NM, q_MD, dk_ND, input_precision=PRECISION)
             if DQ == "store":
                 dq_MD = tl.dot(tl.trans(ds_NM), k_ND, input_precision=PRECISION)
-                _store(dq_base, dq_MD, m, num_q, stride_gt, BLOCK_M, D, BLOCK_D)
             elif DQ == "carry":
-                earliest, latest = 0, length - 1
+                earliest = 0
                 if WINDOW:
                     earliest = tl.maximum(m - window, 0)
-                    latest = tl.minimum(m + BLOCK_M - 1 + window, length - 1)
                 rows_before = tl.where(n // BLOCK_N > earliest // BLOCK_N, num_q, 0)
-                is_last = n // BLOCK_N == latest // BLOCK_N
-                dq_MD = _load(scratch_base, m, rows_before, stride_gt, BLOCK_M, D, BLOCK_D)
+                dq_MD = load_rows(scratch_base, m, rows_before, stride_gt, BLOCK_M, D, BLOCK_D)
                 dq_MD = tl.dot(tl.trans(ds_NM), k_ND, dq_MD, input_precision=PRECISION)
-                _store(dq_base, dq_MD, m, tl.where(is_last, num_q, 0), stride_gt, BLOCK_M, D, BLOCK_D)
-                _store(scratch_base, dq_MD, m, tl.where(is_last, 0, num_q), stride_gt, BLOCK_M, D, BLOCK_D)
-        _store(dk + part, dk_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
-        _store(dv + part, dv_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
+            if DQ != "skip" and not LATE:
+                _keep_dq(dq_base, scratch_base, dq_MD, m, num_q, n, length, window, stride_gt,
+                         BLOCK_M, BLOCK_N, D, BLOCK_D, DQ, WINDOW)  # fmt: skip
+        if LATE:
+            last = lo + (hi - lo - 1) // step * step
+            _keep_dq(dq_base, scratch_base, dq_MD, tl.maximum(last, lo), tl.where(hi > lo, num_q, 0), n, length, window, stride_gt,
+                     BLOCK_M, BLOCK_N, D, BLOCK_D, DQ, WINDOW)  # fmt: skip
+        store_rows(dk + part, dk_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
+        store_rows(dv + part, dv_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
     if DQ == "carry":
         # Queries that no key reaches.
         untouched = 0
@@ -208,7 +214,7 @@ def _gdpa_bwd_kernel(
                 untouched = (length + window + BLOCK_M - 1) // BLOCK_M * BLOCK_M
         for m in range(untouched, num_q, BLOCK_M):
             zero_MD = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-            _store(dq_base, zero_MD, m, num_q, stride_gt, BLOCK_M, D, BLOCK_D)
+            store_rows(dq_base, zero_MD, m, num_q, stride_gt, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -225,29 +231,29 @@ def _gdpa_bwd_q_kernel(
     """dQ of one query tile, the keys streaming by: for few examples with many rows, where "carry" has no parallelism."""
     pid = tl.program_id(0).to(tl.int64)
     b, h = pid // num_heads, pid % num_heads
-    first, num_q = _rows(q_offsets, b, 0, True)
-    kv_first, length = _rows(kv_offsets, b, num_kv, JAGGED)
+    first, num_q = example_rows(q_offsets, b, 0, True)
+    kv_first, length = example_rows(kv_offsets, b, num_kv, JAGGED)
     q_base = q + first * stride_qt + h * stride_qh
     do_base = do + first * stride_dot + h * stride_doh
     k_base = k + kv_first * stride_kt + h * stride_kh
     v_base = v + kv_first * stride_vt + h * stride_vh
     dq_base = dq + first * stride_gt + h * stride_gh
     for m in range(tl.program_id(1) * BLOCK_M, num_q, SPLITS * BLOCK_M):
-        q_MD = _load(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
-        do_MD = _load(do_base, m, num_q, stride_dot, BLOCK_M, D, BLOCK_D)
+        q_MD = load_rows(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
+        do_MD = load_rows(do_base, m, num_q, stride_dot, BLOCK_M, D, BLOCK_D)
         lo, hi = 0, length
         if WINDOW:
             lo = tl.maximum(m - window, 0) // BLOCK_N * BLOCK_N
             hi = tl.minimum(m + BLOCK_M + window, length)
         dq_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float64 if q_MD.dtype == tl.float64 else tl.float32)
         for n in range(lo, hi, BLOCK_N):
-            k_ND = _load(k_base, n, length, stride_kt, BLOCK_N, D, BLOCK_D)
-            v_ND = _load(v_base, n, length, stride_vt, BLOCK_N, D, BLOCK_D)
+            k_ND = load_rows(k_base, n, length, stride_kt, BLOCK_N, D, BLOCK_D)
+            v_ND = load_rows(v_base, n, length, stride_vt, BLOCK_N, D, BLOCK_D)
             s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
             dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision=PRECISION)
             slope_MN = activate_with_slope(s_MN, inner, outer, ACTIVATION, APPROX)[1]
             ds_MN = slope_MN * dp_MN
             if WINDOW:
-                ds_MN = _in_window(ds_MN, m, n, window, BLOCK_M, BLOCK_N)
+                ds_MN = in_window(ds_MN, m, n, window, BLOCK_M, BLOCK_N)
             dq_MD = tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=PRECISION)
-        _store(dq_base, dq_MD, m, num_q, stride_gt, BLOCK_M, D, BLOCK_D)
+        store_rows(dq_base, dq_MD, m, num_q, stride_gt, BLOCK_M, D, BLOCK_D)
