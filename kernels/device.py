@@ -3,6 +3,8 @@
 Shape letters: B examples, H heads, D head width (padded to BLOCK_D).
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Device code: Triton gives the arguments their types at launch.
 from __future__ import annotations
 
 import triton
@@ -27,7 +29,9 @@ def load_rows(base, first, num_rows, stride, BLOCK: tl.constexpr, D: tl.constexp
     if D < BLOCK_D:
         mask = mask & (d < D)[None, :]
     # The tile's first row in 64 bits, as a scalar; offsets within the tile fit 32, which halves their registers.
-    return tl.load(base + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + d[None, :]), mask=mask, other=0.0)
+    return tl.load(
+        base + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + d[None, :]), mask=mask, other=0.0
+    )
 
 
 @triton.jit

@@ -33,13 +33,21 @@ class Plan:
     backward_kv: Tiles
 
 
+# By (wide heads, D > 64; window), the fastest measured on an H100.
+_EXACT = Plan(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
+_PLANS: dict[tuple[bool, bool], Plan] = {
+    (True, True): Plan(Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)),
+    (False, True): Plan(Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)),
+    (True, False): Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 64, 4, 3)),
+    (False, False): Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3)),
+}
+
+
 def plan_for(dtype: torch.dtype, width: int, window: int | None) -> Plan:
-    """By the shape's class; docs/kernels.md has the measurements."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        exact = Tiles(32, 32, 4, 1)
-        return Plan(exact, exact, exact)
-    del window
-    return Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4 if width <= 64 else 8, 3))
+    """By the shape's class. Float32, float64 and D > 128 take small tiles."""
+    return (
+        _PLANS[width > 64, window is not None] if dtype in (torch.bfloat16, torch.float16) and width <= 128 else _EXACT
+    )
 
 
 def window_attention_triton(
@@ -55,15 +63,17 @@ def seed_attention_triton(q_NHD: Tensor, k_THD: Tensor, v_THD: Tensor, offsets: 
     return out.view(offsets.shape[0] - 1, *q_NHD.shape)
 
 
-def _call(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, shared: bool, window: int | None, scale: float
-) -> Tensor:
+def _call(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, shared: bool, window: int | None, scale: float) -> Tensor:
     """Under autocast, computed in autocast's type."""
     device_type = q.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    out: Tensor = _softmax_attention(q, k, v, offsets, shared, window, scale)[0]
+    if torch.compiler.is_compiling():
+        out: Tensor = _softmax_attention(q, k, v, offsets, shared, window, scale)[0]
+        return out
+    # Eagerly past the dispatcher, whose way through a Python op costs more than a small shape's kernel.
+    out = _Eager.apply(q, k, v, offsets, shared, window, scale)
     return out
 
 
@@ -83,7 +93,7 @@ def forward(
     splits = _splits(rows, num_examples, tiles.block_m, even=shared)
     triton_kernels._softmax_fwd_kernel[(num_examples * num_heads, splits)](
         q, k, v, out, lse, offsets, offsets, num_heads, q.shape[0], window or 0, scale * math.log2(math.e),
-        **_strides(q=q, k=k, v=v, o=out), **_options(q, tiles, splits, shared, window),
+        **_strides(q=q, k=k, v=v, o=out), **_options(q, tiles, shared, window),
     )  # fmt: skip
     return out, lse
 
@@ -106,13 +116,13 @@ def backward(
     splits = _splits(out.shape[0], num_examples, tiles.block_m, even=shared)
     triton_kernels._softmax_bwd_q_kernel[(num_examples * num_heads, splits)](
         q, k, v, out, grad, lse, delta, dq, offsets, offsets, num_heads, q.shape[0], window or 0, *scales,
-        **strides, **_options(q, tiles, splits, shared, window),
+        **strides, **_options(q, tiles, shared, window),
     )  # fmt: skip
     tiles = plan.backward_kv
     splits = _splits(k.shape[0], num_examples, tiles.block_n, even=False)
     triton_kernels._softmax_bwd_kv_kernel[(num_examples * num_heads, splits)](
         q, k, v, grad, lse, delta, dk, dv, offsets, offsets, num_heads, q.shape[0], window or 0, *scales,
-        **strides, **_options(q, tiles, splits, shared, window),
+        **strides, **_options(q, tiles, shared, window),
     )  # fmt: skip
     if shared:
         dq = dq.view(num_examples, *q.shape).sum(0, dtype=_accumulator(q.dtype)).to(q.dtype)
@@ -125,14 +135,13 @@ def _splits(rows: int, num_examples: int, block: int, *, even: bool) -> int:
     return max(1, min(tiles if even else 2 * tiles, _MAX_SPLITS))
 
 
-def _options(q: Tensor, tiles: Tiles, splits: int, shared: bool, window: int | None) -> dict[str, Any]:
+def _options(q: Tensor, tiles: Tiles, shared: bool, window: int | None) -> dict[str, Any]:
     width = q.shape[-1]
     return {
         "D": width,
         "BLOCK_D": max(16, 1 << (width - 1).bit_length()),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
-        "SPLITS": splits,
         "SHARED": shared,
         "WINDOW": window is not None,
         "PRECISION": None if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
@@ -195,3 +204,21 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | N
 
 
 _softmax_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same forward and backward without the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, shared: bool, window: int | None, scale: float
+    ) -> Tensor:
+        out, lse = forward(q, k, v, offsets, shared, window, scale)
+        ctx.save_for_backward(q, k, v, offsets, out, lse)
+        ctx.options = (shared, window, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, dv = backward(grad, *ctx.saved_tensors, *ctx.options)
+        return dq, dk, dv, None, None, None, None

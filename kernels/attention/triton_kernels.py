@@ -7,6 +7,8 @@ example's queries (out, its gradient, log-sum, delta, partial dQ) has rows b * n
 Saved for the backward pass: `lse` (T, H), base-2 logarithm of each row's sum of exponentials, 0 for a row without keys.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Device code: Triton gives the arguments their types at launch.
 from __future__ import annotations
 
 import triton
@@ -38,7 +40,7 @@ def _softmax_fwd_kernel(
     q, k, v, out, lse, q_offsets, kv_offsets, num_heads, num_shared, window, scale_log2,
     stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SHARED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of one query tile while the keys stream by."""
@@ -51,7 +53,7 @@ def _softmax_fwd_kernel(
     v_base = v + kv_first * stride_vt + h * stride_vh
     out_base = out + out_first * stride_ot + h * stride_oh
     ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
-    for m in range(tl.program_id(1) * BLOCK_M, num_q, SPLITS * BLOCK_M):
+    for m in range(tl.program_id(1) * BLOCK_M, num_q, tl.num_programs(1) * BLOCK_M):
         row_M = m + tl.arange(0, BLOCK_M)
         q_MD = load_rows(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
         lo, hi = 0, length
@@ -88,7 +90,7 @@ def _softmax_bwd_q_kernel(
     stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_gt: tl.constexpr, stride_gh: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SHARED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one query tile, and delta = rowsum(dO * O) for the kernel of dK and dV, which runs after this one."""
@@ -103,7 +105,7 @@ def _softmax_bwd_q_kernel(
     out_base = out + out_first * stride_gt + h * stride_gh
     dq_base = dq + out_first * stride_gt + h * stride_gh
     ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
-    for m in range(tl.program_id(1) * BLOCK_M, num_q, SPLITS * BLOCK_M):
+    for m in range(tl.program_id(1) * BLOCK_M, num_q, tl.num_programs(1) * BLOCK_M):
         row_M = m + tl.arange(0, BLOCK_M)
         at_M = (out_first + row_M) * num_heads + h
         q_MD = load_rows(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
@@ -136,7 +138,7 @@ def _softmax_bwd_kv_kernel(
     stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_gt: tl.constexpr, stride_gh: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SHARED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one key tile while the queries stream by."""
@@ -150,7 +152,7 @@ def _softmax_bwd_kv_kernel(
     do_base = do + out_first * stride_dot + h * stride_doh
     part = kv_first * stride_gt + h * stride_gh
     ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
-    for n in range(tl.program_id(1) * BLOCK_N, length, SPLITS * BLOCK_N):
+    for n in range(tl.program_id(1) * BLOCK_N, length, tl.num_programs(1) * BLOCK_N):
         k_ND = load_rows(k_base, n, length, stride_kt, BLOCK_N, D, BLOCK_D)
         v_ND = load_rows(v_base, n, length, stride_vt, BLOCK_N, D, BLOCK_D)
         dk_ND = tl.zeros((BLOCK_N, BLOCK_D), ACC)

@@ -14,6 +14,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.gdpa import triton_kernels
 from kernels.gdpa.tiles import Problem, Tiles, backward_query_tiles, backward_tiles, forward_tiles
 
+# The interpreter, which tests on CPU use, knows no inline assembly.
+_COMPILED = isinstance(triton_kernels._gdpa_fwd_kernel, triton.JITFunction)
+
 
 def gdpa_triton(
     q_THD: Tensor,
@@ -33,7 +36,12 @@ def gdpa_triton(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         q_THD, k, v = q_THD.to(dtype), k.to(dtype), v.to(dtype)
-    return _gdpa(q_THD, q_offsets, k, v, kv_offsets, names, inner_scale, outer_scale, window)
+    if torch.compiler.is_compiling():
+        out: Tensor = _gdpa(q_THD, q_offsets, k, v, kv_offsets, names, inner_scale, outer_scale, window)
+        return out
+    # Eagerly past the dispatcher, whose way through a Python op costs more than a small shape's kernel.
+    out = _Eager.apply(q_THD, q_offsets, k, v, kv_offsets, names, inner_scale, outer_scale, window)
+    return out
 
 
 def forward(
@@ -58,11 +66,11 @@ def forward(
     short = problem.dense_keys is not None and 0 < problem.dense_keys <= tiles.block_n
     splits = problem.query_splits(tiles.block_m) if short else problem.tile_splits(tiles.block_m)
     for name, heads in _runs(activation, problem.num_heads):
-        tensors = [x[..., heads, :] for x in (q, k, v, out)]
+        tensors = _of_heads((q, k, v, out), heads)
         strides = _strides(("q", "k", "v", "o"), tensors)
         num_heads = tensors[0].shape[1]
         grid = (problem.num_examples * num_heads, splits)
-        options = strides | _options(problem, tiles, name, splits)
+        options = strides | _options(problem, tiles, name)
         streamed = _described(tensors[:1] if short else tensors[1:3], tiles, tiles.block_m if short else tiles.block_n)
         options["TMA"] = streamed is not None
         if streamed is not None:
@@ -109,8 +117,8 @@ def backward(
         dk_parts, dv_parts = torch.empty((2, splits, *k.shape), dtype=_accumulator(k.dtype), device=k.device).unbind()
     kv_rows = k.shape[:-2].numel()
     for name, heads in _runs(activation, problem.num_heads):
-        qkvg = [x[..., heads, :] for x in (q, k, v, grad)]
-        grads = [x[..., heads, :] for x in (dq, dk_parts, dv_parts, scratch)]
+        qkvg = _of_heads((q, k, v, grad), heads)
+        grads = _of_heads((dq, dk_parts, dv_parts, scratch), heads)
         strides = _strides(("q", "k", "v", "do", "g"), [*qkvg, dq])
         num_heads = qkvg[0].shape[1]
         grid = (problem.num_examples * num_heads, splits)
@@ -119,8 +127,9 @@ def backward(
         triton_kernels._gdpa_bwd_kernel[grid](
             q_and_grad[0], *qkvg[1:3], q_and_grad[1], *grads, q_offsets, _offsets(kv_offsets, q_offsets), num_heads,
             problem.dense_keys or 0, kv_rows, window or 0, inner, outer,
-            DQ=mode, LATE=tiles.late and mode != "skip", TMA=streamed is not None, JAGGED=kv_offsets is not None, WINDOW=window is not None,
-            **strides, **_options(problem, tiles, name, splits),
+            DQ=mode, LATE=tiles.late and mode != "skip", TMA=streamed is not None,
+            JAGGED=kv_offsets is not None, WINDOW=window is not None,
+            **strides, **_options(problem, tiles, name),
         )  # fmt: skip
         if mode == "skip":
             query_tiles = backward_query_tiles(problem)
@@ -129,7 +138,7 @@ def backward(
                 *qkvg, grads[0], q_offsets, _offsets(kv_offsets, q_offsets), num_heads,
                 problem.dense_keys or 0, window or 0, inner, outer,
                 JAGGED=kv_offsets is not None, WINDOW=window is not None,
-                **strides, **_options(problem, query_tiles, name, query_splits),
+                **strides, **_options(problem, query_tiles, name),
             )  # fmt: skip
     if dk_parts is not dk:
         dk, dv = dk_parts.sum(0).to(k.dtype), dv_parts.sum(0).to(v.dtype)
@@ -140,7 +149,7 @@ def _dq_mode(problem: Problem, tiles: Tiles, asked: str | None) -> tuple[str, in
     """How dQ is made (see `_gdpa_bwd_kernel`), and the second grid axis of that kernel."""
     if asked is None:
         one_tile = problem.dense_keys is not None and 0 < problem.dense_keys <= tiles.block_n
-        asked = "store" if one_tile else "carry" if problem.enough_examples else "skip"
+        asked = "store" if one_tile else "carry" if tiles.carry and problem.enough_examples else "skip"
     if asked == "store":
         return asked, problem.query_splits(tiles.block_m)
     if asked == "carry":
@@ -162,15 +171,14 @@ def _problem(q: Tensor, q_offsets: Tensor, k: Tensor, kv_offsets: Tensor | None,
     )
 
 
-def _options(problem: Problem, tiles: Tiles, activation: str, splits: int) -> dict[str, Any]:
+def _options(problem: Problem, tiles: Tiles, activation: str) -> dict[str, Any]:
     return {
         "D": problem.width,
         "BLOCK_D": problem.block_d,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
-        "SPLITS": splits,
         "ACTIVATION": activation,
-        "APPROX": problem.low_precision and not triton.knobs.runtime.interpret,
+        "APPROX": problem.low_precision and _COMPILED,
         "PRECISION": None if problem.low_precision else "ieee",
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
@@ -207,8 +215,12 @@ def _runs(activation: str, num_heads: int) -> Iterator[tuple[str, slice]]:
     first = 0
     for name, run in groupby(names):
         size = len(list(run))
-        yield name, slice(first, first + size)
+        yield name, slice(first, first + size) if size < num_heads else slice(None)
         first += size
+
+
+def _of_heads(tensors: Sequence[Tensor], heads: slice) -> list[Any]:
+    return list(tensors) if heads == slice(None) else [x[..., heads, :] for x in tensors]
 
 
 def _rows_of_heads(x: Tensor) -> Tensor:
@@ -280,3 +292,18 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _gdpa.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same forward and backward without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save(ctx, inputs, inputs[0])
+        return forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, q_offsets, k, v, kv_offsets = ctx.saved_tensors
+        dq, dk, dv = backward(grad, q, q_offsets, k, v, kv_offsets, *ctx.options)
+        return dq, None, dk, dv, None, None, None, None, None

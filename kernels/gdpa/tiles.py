@@ -26,6 +26,8 @@ class Tiles:
     """The streamed tiles come through the copy engine where layout and card allow: fewer registers and instructions."""
     late: bool = False
     """A tile's result is stored an iteration later, so that no wait stands between its last product and the next."""
+    carry: bool = True
+    """Backward over many key tiles, given enough examples: one program carries dQ along them. Else two passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,13 @@ class Problem:
         return self.dtype in (torch.bfloat16, torch.float16)
 
     @property
-    def short_keys(self) -> bool:
-        """All keys of an example fit one tile."""
-        return self.dense_keys is not None and 0 < self.dense_keys <= (128 if self.low_precision else 32)
+    def key_class(self) -> str:
+        """Dense keys by the power of two that holds them, up to 256; else "long", or "window"."""
+        if self.window is not None:
+            return "window"
+        if self.dense_keys is None or self.dense_keys > 256:
+            return "long"
+        return str(_power_of_two(max(self.dense_keys, 1)))
 
     def query_splits(self, block_m: int) -> int:
         """Programs that share an example's queries when keys stay on chip: as few as fill the card."""
@@ -72,33 +78,65 @@ class Problem:
         return -(-self.query_rows // (max(self.num_examples, 1) * block))
 
 
+# By (class of keys, wide heads), the fastest measured on an H100; a class nobody measured takes its neighbor's.
+# Wide: D > 64, where a tile's accumulators take twice the registers.
+_EXACT = Tiles(32, 32, 4, 1)
+_WIDEST = Tiles(64, 64, 8, 1)  # D > 128: what fits shared memory
+_FORWARD: dict[tuple[str, bool], Tiles] = {
+    ("16", False): Tiles(64, 16, 4, 3),
+    ("16", True): Tiles(64, 16, 4, 3),
+    ("32", False): Tiles(64, 32, 4, 3, late=True),
+    ("32", True): Tiles(64, 32, 4, 2),
+    ("64", False): Tiles(64, 64, 4, 3),
+    ("64", True): Tiles(64, 64, 4, 2),
+    ("128", False): Tiles(64, 128, 4, 4, tma=True),
+    ("128", True): Tiles(128, 128, 8, 3, late=True),
+    ("256", False): Tiles(128, 64, 8, 3, tma=True),
+    ("256", True): Tiles(128, 256, 8, 2, late=True),
+    ("long", False): Tiles(128, 64, 4, 3, tma=True),
+    ("long", True): Tiles(128, 64, 8, 3, tma=True),
+    ("window", False): Tiles(128, 64, 8, 3),
+    ("window", True): Tiles(128, 64, 8, 3),
+}
+_BACKWARD: dict[tuple[str, bool], Tiles] = {
+    ("16", False): Tiles(64, 16, 4, 2),
+    ("16", True): Tiles(64, 16, 4, 2),
+    ("32", False): Tiles(64, 32, 4, 1),
+    ("32", True): Tiles(32, 32, 4, 2),
+    ("64", False): Tiles(64, 64, 4, 3, tma=True),
+    ("64", True): Tiles(32, 64, 4, 3, tma=True, late=True),
+    ("128", False): Tiles(64, 128, 8, 3, late=True),
+    ("128", True): Tiles(64, 128, 8, 3),
+    ("256", False): Tiles(64, 128, 8, 3, late=True),
+    ("256", True): Tiles(64, 128, 8, 3, late=True),
+    ("long", False): Tiles(64, 128, 8, 3),
+    ("long", True): Tiles(64, 128, 8, 3),
+    ("window", False): Tiles(64, 64, 8, 3, tma=True),
+    ("window", True): Tiles(64, 64, 8, 3, tma=True),
+}
+
+
 def forward_tiles(problem: Problem) -> Tiles:
-    if not problem.low_precision:
-        return Tiles(32, 32, 4, 1)
-    if problem.short_keys:
-        block_n = _power_of_two(problem.dense_keys or 1)
-        return Tiles(64, block_n, 4, 3 if problem.block_d <= 64 else 2)
-    if problem.window is not None:
-        return Tiles(64, 64, 4, 2)
-    return Tiles(128, 64, 8 if problem.block_d > 64 else 4, 3)
+    """Float32 and float64 take the exact, small tiles: they are for checks, not for speed."""
+    return _choose(problem, _FORWARD)
 
 
 def backward_tiles(problem: Problem) -> Tiles:
-    if not problem.low_precision:
-        return Tiles(32, 32, 4, 1)
-    if problem.short_keys:
-        block_n = _power_of_two(problem.dense_keys or 1)
-        return Tiles(64, block_n, 8 if block_n * problem.block_d > 64 * 128 else 4, 2)
-    if problem.window is not None:
-        return Tiles(64, 64, 4, 2)
-    return Tiles(64, 128, 8, 2)
+    """Of the kernel that makes dK and dV."""
+    return _choose(problem, _BACKWARD)
 
 
 def backward_query_tiles(problem: Problem) -> Tiles:
     """For dQ in a pass of its own."""
     if not problem.low_precision:
-        return Tiles(32, 32, 4, 1)
-    return Tiles(64, 64, 4, 2)
+        return _EXACT
+    return Tiles(64, 64, 4, 2) if problem.block_d <= 128 else _WIDEST
+
+
+def _choose(problem: Problem, table: dict[tuple[str, bool], Tiles]) -> Tiles:
+    if not problem.low_precision:
+        return _EXACT
+    return table[problem.key_class, problem.block_d > 64] if problem.block_d <= 128 else _WIDEST
 
 
 def _power_of_two(n: int) -> int:

@@ -5,6 +5,8 @@ H heads, D head width (padded to BLOCK_D). Rows past an example's end are read a
 they add nothing and need no mask but at the stores.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Device code: Triton gives the arguments their types at launch.
 from __future__ import annotations
 
 import triton
@@ -20,7 +22,7 @@ def _gdpa_fwd_short_kernel(
     num_heads, num_kv, inner, outer,
     stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
-    LATE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    LATE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACTIVATION: tl.constexpr, APPROX: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Dense keys of one tile: they stay on chip while the example's queries stream by."""
@@ -35,7 +37,7 @@ def _gdpa_fwd_short_kernel(
     q_base = stream_base(q, first, h * stride_qh, stride_qt, TMA)
     out_base = out + first * stride_ot + h * stride_oh
     o_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float64 if k_ND.dtype == tl.float64 else tl.float32)
-    step = SPLITS * BLOCK_M
+    step = tl.num_programs(1) * BLOCK_M
     for m in range(tile_first, num_q, step):
         q_MD = stream_rows(q, q_base, first, m, num_q, h * stride_qh, stride_qt, BLOCK_M, D, BLOCK_D, TMA)
         s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
@@ -58,7 +60,7 @@ def _gdpa_fwd_kernel(
     num_heads, num_kv, window, inner, outer,
     stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     JAGGED: tl.constexpr, WINDOW: tl.constexpr,
     ACTIVATION: tl.constexpr, APPROX: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +73,7 @@ def _gdpa_fwd_kernel(
     k_base = stream_base(k, kv_first, h * stride_kh, stride_kt, TMA)
     v_base = stream_base(v, kv_first, h * stride_vh, stride_vt, TMA)
     out_base = out + first * stride_ot + h * stride_oh
-    for m in range(tl.program_id(1) * BLOCK_M, num_q, SPLITS * BLOCK_M):
+    for m in range(tl.program_id(1) * BLOCK_M, num_q, tl.num_programs(1) * BLOCK_M):
         q_MD = load_rows(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
         lo, hi = 0, length
         if WINDOW:
@@ -85,7 +87,7 @@ def _gdpa_fwd_kernel(
             p_MN = activate(s_MN, inner, outer, ACTIVATION, APPROX)
             if WINDOW:
                 p_MN = in_window(p_MN, m, n, window, BLOCK_M, BLOCK_N)
-            if TMA:
+            if TMA:  # noqa: SIM102 - an `and` with a tensor would leave a branch in the loop
                 if n + BLOCK_N > length:
                     p_MN = tl.where((n + tl.arange(0, BLOCK_N) < length)[None, :], p_MN, 0.0)
             o_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, o_MD, input_precision=PRECISION)
@@ -117,7 +119,7 @@ def _gdpa_bwd_kernel(
     stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_gt: tl.constexpr, stride_gh: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DQ: tl.constexpr, LATE: tl.constexpr, JAGGED: tl.constexpr, WINDOW: tl.constexpr,
     ACTIVATION: tl.constexpr, APPROX: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +128,7 @@ def _gdpa_bwd_kernel(
     DQ is what becomes of dQ. "store": there is one key tile, so each dQ is complete. "carry": one program walks all
     key tiles of its example and carries unfinished dQ in `scratch` (float32, small enough to stay in L2), in a fixed
     order. "skip": `_gdpa_bwd_q_kernel` computes it; key tiles are then programs of their own (grid axis 1).
-    With SPLITS > 1 ("store" only), grid axis 1 shares out the queries and dK, dV are partial sums [SPLITS, S, H, D].
+    With "store", grid axis 1 shares out the queries; of several shares, dK and dV are partial sums [shares, S, H, D].
     """
     pid = tl.program_id(0).to(tl.int64)
     b, h = pid // num_heads, pid % num_heads
@@ -147,7 +149,7 @@ def _gdpa_bwd_kernel(
     n_step = BLOCK_N
     if DQ == "skip":
         n_first = share * BLOCK_N
-        n_step = SPLITS * BLOCK_N
+        n_step = tl.num_programs(1) * BLOCK_N
     for n in range(n_first, length, n_step):
         if DQ == "carry":
             # Another thread of this program may have carried the value that this one continues.
@@ -159,7 +161,7 @@ def _gdpa_bwd_kernel(
         lo, hi, step = 0, num_q, BLOCK_M
         if DQ == "store":
             lo = share * BLOCK_M
-            step = SPLITS * BLOCK_M
+            step = tl.num_programs(1) * BLOCK_M
         if WINDOW:
             lo = tl.maximum(n - window, 0) // BLOCK_M * BLOCK_M
             hi = tl.minimum(n + BLOCK_N + window, num_q)
@@ -170,7 +172,8 @@ def _gdpa_bwd_kernel(
             s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION)
             if LATE:
                 # Of the tile before this one: its three products and these scores ran without a wait between them.
-                _keep_dq(dq_base, scratch_base, dq_MD, tl.maximum(m - step, lo), tl.where(m > lo, num_q, 0), n, length, window, stride_gt,
+                before, rows_before = tl.maximum(m - step, lo), tl.where(m > lo, num_q, 0)
+                _keep_dq(dq_base, scratch_base, dq_MD, before, rows_before, n, length, window, stride_gt,
                          BLOCK_M, BLOCK_N, D, BLOCK_D, DQ, WINDOW)  # fmt: skip
             dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision=PRECISION)
             p_NM, slope_NM = activate_with_slope(s_NM, inner, outer, ACTIVATION, APPROX)
@@ -180,7 +183,7 @@ def _gdpa_bwd_kernel(
                 ds_NM = in_window(ds_NM, n, m, window, BLOCK_N, BLOCK_M)
             p_NM = p_NM.to(do_MD.dtype)
             ds_NM = ds_NM.to(q_MD.dtype)
-            if TMA:
+            if TMA:  # noqa: SIM102
                 if m + BLOCK_M > num_q:
                     real_M = (m + tl.arange(0, BLOCK_M) < num_q)[None, :]
                     p_NM = tl.where(real_M, p_NM, 0.0)
@@ -193,15 +196,16 @@ def _gdpa_bwd_kernel(
                 earliest = 0
                 if WINDOW:
                     earliest = tl.maximum(m - window, 0)
-                rows_before = tl.where(n // BLOCK_N > earliest // BLOCK_N, num_q, 0)
-                dq_MD = load_rows(scratch_base, m, rows_before, stride_gt, BLOCK_M, D, BLOCK_D)
+                carried_rows = tl.where(n // BLOCK_N > earliest // BLOCK_N, num_q, 0)
+                dq_MD = load_rows(scratch_base, m, carried_rows, stride_gt, BLOCK_M, D, BLOCK_D)
                 dq_MD = tl.dot(tl.trans(ds_NM), k_ND, dq_MD, input_precision=PRECISION)
             if DQ != "skip" and not LATE:
                 _keep_dq(dq_base, scratch_base, dq_MD, m, num_q, n, length, window, stride_gt,
                          BLOCK_M, BLOCK_N, D, BLOCK_D, DQ, WINDOW)  # fmt: skip
         if LATE:
             last = lo + (hi - lo - 1) // step * step
-            _keep_dq(dq_base, scratch_base, dq_MD, tl.maximum(last, lo), tl.where(hi > lo, num_q, 0), n, length, window, stride_gt,
+            last, last_rows = tl.maximum(last, lo), tl.where(hi > lo, num_q, 0)
+            _keep_dq(dq_base, scratch_base, dq_MD, last, last_rows, n, length, window, stride_gt,
                      BLOCK_M, BLOCK_N, D, BLOCK_D, DQ, WINDOW)  # fmt: skip
         store_rows(dk + part, dk_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
         store_rows(dv + part, dv_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
@@ -224,11 +228,11 @@ def _gdpa_bwd_q_kernel(
     stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
     stride_gt: tl.constexpr, stride_gh: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     JAGGED: tl.constexpr, WINDOW: tl.constexpr,
     ACTIVATION: tl.constexpr, APPROX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one query tile, the keys streaming by: for few examples with many rows, where "carry" has no parallelism."""
+    """dQ of one query tile, the keys streaming by: for few long examples, where "carry" has no parallelism."""
     pid = tl.program_id(0).to(tl.int64)
     b, h = pid // num_heads, pid % num_heads
     first, num_q = example_rows(q_offsets, b, 0, True)
@@ -238,7 +242,7 @@ def _gdpa_bwd_q_kernel(
     k_base = k + kv_first * stride_kt + h * stride_kh
     v_base = v + kv_first * stride_vt + h * stride_vh
     dq_base = dq + first * stride_gt + h * stride_gh
-    for m in range(tl.program_id(1) * BLOCK_M, num_q, SPLITS * BLOCK_M):
+    for m in range(tl.program_id(1) * BLOCK_M, num_q, tl.num_programs(1) * BLOCK_M):
         q_MD = load_rows(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
         do_MD = load_rows(do_base, m, num_q, stride_dot, BLOCK_M, D, BLOCK_D)
         lo, hi = 0, length

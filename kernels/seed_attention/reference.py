@@ -24,6 +24,8 @@ def seed_attention_reference(q_NHD: Tensor, k_THD: Tensor, v_THD: Tensor, offset
         blocks.gather(k_THD.to(dtype)), blocks.gather(v_THD.to(dtype)), blocks.valid, strict=True
     ):
         scores_GHNL = torch.einsum("nhd,glhd->ghnl", q, k_GLHD) * scale
-        scores_GHNL = scores_GHNL.masked_fill(~valid_GL[:, None, None], -torch.inf)
-        out.append(torch.einsum("ghnl,glhd->gnhd", scores_GHNL.softmax(-1), v_GLHD))
+        valid_G11L = valid_GL[:, None, None]
+        # The lowest number rather than -inf: an example without rows, among others, would otherwise give NaN.
+        scores_GHNL = scores_GHNL.masked_fill(~valid_G11L, torch.finfo(dtype).min)
+        out.append(torch.einsum("ghnl,glhd->gnhd", scores_GHNL.softmax(-1) * valid_G11L, v_GLHD))
     return blocks.scatter_examples(out).to(q_NHD.dtype)
