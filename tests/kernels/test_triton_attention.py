@@ -85,10 +85,10 @@ def test_two_runs_agree_to_the_bit() -> None:
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 has no matrix instruction in Triton")
 def test_gradients_by_finite_differences() -> None:
-    offsets = offsets_of([2, 0, 3])
-    tensors = [t.requires_grad_() for t in inputs([2, 0, 3], None, width=2, dtype=torch.float64)]
+    offsets = offsets_of([2, 0, 1])
+    tensors = [t[:, :1].clone().requires_grad_() for t in inputs([2, 0, 1], None, width=2, dtype=torch.float64)]
     assert torch.autograd.gradcheck(lambda *t: window_attention_triton(*t, offsets, window=1, scale=0.4), tensors)
-    tensors = [t.requires_grad_() for t in inputs([2, 0, 3], 4, width=2, dtype=torch.float64)]
+    tensors = [t[:, :1].clone().requires_grad_() for t in inputs([2, 0, 1], 2, width=2, dtype=torch.float64)]
     assert torch.autograd.gradcheck(lambda *t: seed_attention_triton(*t, offsets, scale=0.4), tensors)
 
 

@@ -129,10 +129,11 @@ def test_two_runs_agree_to_the_bit() -> None:
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 has no matrix instruction in Triton")
-@pytest.mark.parametrize("kv", [5, [2, 0, 3]], ids=["dense", "self"])
+@pytest.mark.parametrize("kv", [2, [2, 0, 1]], ids=["dense", "self"])
 def test_gradients_by_finite_differences(kv: int | list[int]) -> None:
-    tensors = [t.requires_grad_() for t in inputs([2, 0, 3], kv, width=2, dtype=torch.float64)[:3]]
-    offsets = offsets_of([2, 0, 3])
+    every = inputs([2, 0, 1], kv, width=2, dtype=torch.float64)
+    tensors = [t[..., :1, :].clone().requires_grad_() for t in every[:3]]
+    offsets = offsets_of([2, 0, 1])
     kv_offsets = None if isinstance(kv, int) else offsets
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
