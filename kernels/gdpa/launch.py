@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -168,7 +169,14 @@ def _problem(q: Tensor, q_offsets: Tensor, k: Tensor, kv_offsets: Tensor | None,
         query_rows=q.shape[0],
         dense_keys=k.shape[1] if kv_offsets is None else None,
         window=window,
+        datacenter_card=_is_datacenter_card(q.device),
     )
+
+
+@functools.cache
+def _is_datacenter_card(device: torch.device) -> bool:
+    """True of the interpreter too, which then runs the code that such a card runs."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _options(problem: Problem, tiles: Tiles, activation: str) -> dict[str, Any]:

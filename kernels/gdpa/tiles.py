@@ -42,6 +42,8 @@ class Problem:
     dense_keys: int | None
     """Keys per example, or None for jagged keys."""
     window: int | None
+    datacenter_card: bool = True
+    """Hopper's or datacenter Blackwell's copy engine and 227 KB of shared memory, for which the tables are."""
 
     @property
     def block_d(self) -> int:
@@ -80,7 +82,7 @@ class Problem:
 
 # By (class of keys, wide heads), the fastest measured on an H100; a class nobody measured takes its neighbor's.
 # Wide: D > 64, where a tile's accumulators take twice the registers.
-_EXACT = Tiles(32, 32, 4, 1)
+_SMALL = Tiles(32, 32, 4, 1)
 _WIDEST = Tiles(64, 64, 8, 1)  # D > 128: what fits shared memory
 _FORWARD: dict[tuple[str, bool], Tiles] = {
     ("16", False): Tiles(64, 16, 4, 3),
@@ -117,7 +119,7 @@ _BACKWARD: dict[tuple[str, bool], Tiles] = {
 
 
 def forward_tiles(problem: Problem) -> Tiles:
-    """Float32 and float64 take the exact, small tiles: they are for checks, not for speed."""
+    """Float32, float64 and other cards take small tiles, which run anywhere."""
     return _choose(problem, _FORWARD)
 
 
@@ -128,14 +130,14 @@ def backward_tiles(problem: Problem) -> Tiles:
 
 def backward_query_tiles(problem: Problem) -> Tiles:
     """For dQ in a pass of its own."""
-    if not problem.low_precision:
-        return _EXACT
+    if not (problem.low_precision and problem.datacenter_card):
+        return _SMALL
     return Tiles(64, 64, 4, 2) if problem.block_d <= 128 else _WIDEST
 
 
 def _choose(problem: Problem, table: dict[tuple[str, bool], Tiles]) -> Tiles:
-    if not problem.low_precision:
-        return _EXACT
+    if not (problem.low_precision and problem.datacenter_card):
+        return _SMALL
     return table[problem.key_class, problem.block_d > 64] if problem.block_d <= 128 else _WIDEST
 
 
