@@ -49,12 +49,22 @@ def _triton_problem(device: torch.device, implementations: Mapping[str, F]) -> s
         return "the op has no Triton kernels"
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_installed():
         return "triton is not installed"
     return ""
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the import machinery
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result  # nor logging: a compiled graph logs when it is traced
 def _log_choice(op: str, device_type: str, chosen: str, problem: str) -> None:
+    _log_once(op, device_type, chosen, problem)
+
+
+@functools.cache
+def _log_once(op: str, device_type: str, chosen: str, problem: str) -> None:
     """Log one choice; the cache makes it once per op and device type."""
     _logger.info("%s on %s: backend '%s'%s", op, device_type, chosen, f" ({problem})" if problem else "")

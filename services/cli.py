@@ -175,6 +175,20 @@ def bench_demo(
     run(json_file, out, device=device, rows=rows, pace=pace, paced_rows=paced_rows)
 
 
+@bench.command("kernels")
+def bench_kernels(
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the result rows to.")] = None,
+    op: Annotated[str | None, typer.Option(help="Only this op's shapes.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Only the shape of this name.")] = None,
+    compiled: Annotated[bool, typer.Option(help="With torch.compile among the baselines.")] = True,
+    seconds: Annotated[float, typer.Option(help="Leave out baselines that would begin later than this.")] = 1800.0,
+) -> None:
+    """Kernels on a GPU, forward and backward, beside eager PyTorch and torch's own."""
+    from services.bench.kernels import run
+
+    run(op, shape, json_file, compiled=compiled, seconds=seconds)
+
+
 def _given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 

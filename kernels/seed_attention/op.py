@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,18 @@ from kernels.backend import Backend, choose_backend
 from kernels.jagged import check_offsets
 from kernels.seed_attention.reference import seed_attention_reference
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": seed_attention_reference}
+
+def _seed_attention_triton(*args: Any, **kwargs: Any) -> Tensor:
+    """Imported at the first call: Triton is an extra that a CPU installation lacks."""
+    from kernels.attention.launch import seed_attention_triton
+
+    return seed_attention_triton(*args, **kwargs)
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "reference": seed_attention_reference,
+    "triton": _seed_attention_triton,
+}
 
 
 def seed_attention(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,18 @@ from kernels.backend import Backend, choose_backend
 from kernels.jagged import check_offsets
 from kernels.window_attention.reference import window_attention_reference
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": window_attention_reference}
+
+def _window_attention_triton(*args: Any, **kwargs: Any) -> Tensor:
+    """Imported at the first call: Triton is an extra that a CPU installation lacks."""
+    from kernels.attention.launch import window_attention_triton
+
+    return window_attention_triton(*args, **kwargs)
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "reference": window_attention_reference,
+    "triton": _window_attention_triton,
+}
 
 
 def window_attention(

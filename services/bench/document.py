@@ -43,16 +43,20 @@ class Row:
         return named | {"ratio": self.ratio} | self.extra
 
 
-def write(path: Path, bench: str, rows: Sequence[Row]) -> None:
-    """Write the document of `bench` and print its rows."""
-    document = {
+def heading(bench: str) -> dict[str, Any]:
+    """What every document starts with: which benchmark, when, of which commit, on what."""
+    return {
         "bench": bench,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": machine.commit(),
         "machine": machine.describe(),
         "versions": machine.versions(),
-        "rows": [row.fields() for row in rows],
     }
+
+
+def write(path: Path, bench: str, rows: Sequence[Row]) -> None:
+    """Write the document of `bench` and print its rows."""
+    document = heading(bench) | {"rows": [row.fields() for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     table = Table(title=f"{bench}: {path}")

@@ -58,3 +58,11 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     assert [r.getMessage() for r in caplog.records] == [
         "said_once on cpu: backend 'reference' (the tensors are on cpu)"
     ]
+
+
+def test_the_choice_survives_torch_compile() -> None:
+    def choose(x: torch.Tensor) -> torch.Tensor:
+        run = choose_backend("auto", op="compiled", device=x.device, implementations={"reference": torch.neg})
+        return run(x)
+
+    assert torch.equal(torch.compile(choose, fullgraph=True, backend="eager")(torch.ones(1)), -torch.ones(1))

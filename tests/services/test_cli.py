@@ -25,6 +25,7 @@ COMMANDS = {
     "check": {"--settings", "-s"},
     "topics create": {"--settings", "-s"},
     "topics describe": {"--settings", "-s"},
+    "bench kernels": {"--json", "--op", "--shape", "--compiled", "--no-compiled", "--seconds"},
     "bench demo": {"--json", "--out", "--device", "--rows", "--pace", "--paced-rows"},
 }
 

@@ -1,0 +1,181 @@
+"""Softmax attention in Triton, over a symmetric window or of shared seeds. `launch.py` chooses tiles and launches.
+
+Shape letters: T query rows of all examples, S key rows of all examples, M rows of a query tile, N rows of a key tile,
+H heads, D head width (padded to BLOCK_D). With SHARED, the same queries serve every example, and what belongs to one
+example's queries (out, its gradient, log-sum, delta, partial dQ) has rows b * num_shared onward.
+
+Saved for the backward pass: `lse` (T, H), base-2 logarithm of each row's sum of exponentials, 0 for a row without keys.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Device code: Triton gives the arguments their types at launch.
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.device import example_rows, load_rows, store_rows
+
+
+@triton.jit
+def _query_rows(offsets, b, num_shared, SHARED: tl.constexpr):
+    """First row of the queries, first row of what is per example, number of rows."""
+    first, num_rows = example_rows(offsets, b, num_shared, not SHARED)
+    if SHARED:
+        return first * 0, first, num_rows
+    else:
+        return first, first, num_rows
+
+
+@triton.jit
+def _allowed(row, column, length, window, WINDOW: tl.constexpr):
+    allowed = column < length
+    if WINDOW:
+        allowed = allowed & (row - column <= window) & (column - row <= window)
+    return allowed
+
+
+@triton.jit(do_not_specialize=["window", "num_shared"])
+def _softmax_fwd_kernel(
+    q, k, v, out, lse, q_offsets, kv_offsets, num_heads, num_shared, window, scale_log2,
+    stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
+    stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHARED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of one query tile while the keys stream by."""
+    pid = tl.program_id(0).to(tl.int64)
+    b, h = pid // num_heads, pid % num_heads
+    q_first, out_first, num_q = _query_rows(q_offsets, b, num_shared, SHARED)
+    kv_first, length = example_rows(kv_offsets, b, 0, True)
+    q_base = q + q_first * stride_qt + h * stride_qh
+    k_base = k + kv_first * stride_kt + h * stride_kh
+    v_base = v + kv_first * stride_vt + h * stride_vh
+    out_base = out + out_first * stride_ot + h * stride_oh
+    ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
+    for m in range(tl.program_id(1) * BLOCK_M, num_q, tl.num_programs(1) * BLOCK_M):
+        row_M = m + tl.arange(0, BLOCK_M)
+        q_MD = load_rows(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
+        lo, hi = 0, length
+        if WINDOW:
+            lo = tl.maximum(m - window, 0) // BLOCK_N * BLOCK_N
+            hi = tl.minimum(m + BLOCK_M + window, length)
+        top_M = tl.full((BLOCK_M,), float("-inf"), ACC)
+        sum_M = tl.zeros((BLOCK_M,), ACC)
+        o_MD = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+        for n in range(lo, hi, BLOCK_N):
+            k_ND = load_rows(k_base, n, length, stride_kt, BLOCK_N, D, BLOCK_D)
+            v_ND = load_rows(v_base, n, length, stride_vt, BLOCK_N, D, BLOCK_D)
+            s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * scale_log2
+            column_N = n + tl.arange(0, BLOCK_N)
+            s_MN = tl.where(_allowed(row_M[:, None], column_N[None, :], length, window, WINDOW), s_MN, float("-inf"))
+            higher_M = tl.maximum(top_M, tl.max(s_MN, 1))
+            # A row with no key so far must not compute inf - inf.
+            base_M = tl.where(higher_M == float("-inf"), 0.0, higher_M)
+            p_MN = tl.exp2(s_MN - base_M[:, None])
+            shrink_M = tl.exp2(top_M - base_M)
+            sum_M = sum_M * shrink_M + tl.sum(p_MN, 1)
+            o_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, o_MD * shrink_M[:, None], input_precision=PRECISION)
+            top_M = higher_M
+        empty_M = sum_M == 0.0
+        sum_M = tl.where(empty_M, 1.0, sum_M)
+        store_rows(out_base, o_MD / sum_M[:, None], m, num_q, stride_ot, BLOCK_M, D, BLOCK_D)
+        lse_M = tl.where(empty_M, 0.0, top_M + tl.log2(sum_M))
+        tl.store(lse + (out_first + row_M) * num_heads + h, lse_M, mask=row_M < num_q)
+
+
+@triton.jit(do_not_specialize=["window", "num_shared"])
+def _softmax_bwd_q_kernel(
+    q, k, v, out, do, lse, delta, dq, q_offsets, kv_offsets, num_heads, num_shared, window, scale, scale_log2,
+    stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
+    stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
+    stride_gt: tl.constexpr, stride_gh: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHARED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of one query tile, and delta = rowsum(dO * O) for the kernel of dK and dV, which runs after this one."""
+    pid = tl.program_id(0).to(tl.int64)
+    b, h = pid // num_heads, pid % num_heads
+    q_first, out_first, num_q = _query_rows(q_offsets, b, num_shared, SHARED)
+    kv_first, length = example_rows(kv_offsets, b, 0, True)
+    q_base = q + q_first * stride_qt + h * stride_qh
+    k_base = k + kv_first * stride_kt + h * stride_kh
+    v_base = v + kv_first * stride_vt + h * stride_vh
+    do_base = do + out_first * stride_dot + h * stride_doh
+    out_base = out + out_first * stride_gt + h * stride_gh
+    dq_base = dq + out_first * stride_gt + h * stride_gh
+    ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
+    for m in range(tl.program_id(1) * BLOCK_M, num_q, tl.num_programs(1) * BLOCK_M):
+        row_M = m + tl.arange(0, BLOCK_M)
+        at_M = (out_first + row_M) * num_heads + h
+        q_MD = load_rows(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
+        do_MD = load_rows(do_base, m, num_q, stride_dot, BLOCK_M, D, BLOCK_D)
+        o_MD = load_rows(out_base, m, num_q, stride_gt, BLOCK_M, D, BLOCK_D)
+        delta_M = tl.sum(o_MD.to(ACC) * do_MD.to(ACC), 1)
+        tl.store(delta + at_M, delta_M, mask=row_M < num_q)
+        lse_M = tl.load(lse + at_M, mask=row_M < num_q, other=0.0)
+        lo, hi = 0, length
+        if WINDOW:
+            lo = tl.maximum(m - window, 0) // BLOCK_N * BLOCK_N
+            hi = tl.minimum(m + BLOCK_M + window, length)
+        dq_MD = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+        for n in range(lo, hi, BLOCK_N):
+            k_ND = load_rows(k_base, n, length, stride_kt, BLOCK_N, D, BLOCK_D)
+            v_ND = load_rows(v_base, n, length, stride_vt, BLOCK_N, D, BLOCK_D)
+            s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
+            dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision=PRECISION)
+            column_N = n + tl.arange(0, BLOCK_N)
+            allowed_MN = _allowed(row_M[:, None], column_N[None, :], length, window, WINDOW)
+            p_MN = tl.where(allowed_MN, tl.exp2(s_MN * scale_log2 - lse_M[:, None]), 0.0)
+            ds_MN = p_MN * (dp_MN - delta_M[:, None])
+            dq_MD = tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=PRECISION)
+        store_rows(dq_base, dq_MD * scale, m, num_q, stride_gt, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["window", "num_shared"])
+def _softmax_bwd_kv_kernel(
+    q, k, v, do, lse, delta, dk, dv, q_offsets, kv_offsets, num_heads, num_shared, window, scale, scale_log2,
+    stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
+    stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
+    stride_gt: tl.constexpr, stride_gh: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHARED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one key tile while the queries stream by."""
+    pid = tl.program_id(0).to(tl.int64)
+    b, h = pid // num_heads, pid % num_heads
+    q_first, out_first, num_q = _query_rows(q_offsets, b, num_shared, SHARED)
+    kv_first, length = example_rows(kv_offsets, b, 0, True)
+    q_base = q + q_first * stride_qt + h * stride_qh
+    k_base = k + kv_first * stride_kt + h * stride_kh
+    v_base = v + kv_first * stride_vt + h * stride_vh
+    do_base = do + out_first * stride_dot + h * stride_doh
+    part = kv_first * stride_gt + h * stride_gh
+    ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
+    for n in range(tl.program_id(1) * BLOCK_N, length, tl.num_programs(1) * BLOCK_N):
+        k_ND = load_rows(k_base, n, length, stride_kt, BLOCK_N, D, BLOCK_D)
+        v_ND = load_rows(v_base, n, length, stride_vt, BLOCK_N, D, BLOCK_D)
+        dk_ND = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+        dv_ND = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+        column_N = n + tl.arange(0, BLOCK_N)
+        lo, hi = 0, num_q
+        if WINDOW:
+            lo = tl.maximum(n - window, 0) // BLOCK_M * BLOCK_M
+            hi = tl.minimum(n + BLOCK_N + window, num_q)
+        for m in range(lo, hi, BLOCK_M):
+            row_M = m + tl.arange(0, BLOCK_M)
+            at_M = (out_first + row_M) * num_heads + h
+            q_MD = load_rows(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
+            do_MD = load_rows(do_base, m, num_q, stride_dot, BLOCK_M, D, BLOCK_D)
+            lse_M = tl.load(lse + at_M, mask=row_M < num_q, other=0.0)
+            delta_M = tl.load(delta + at_M, mask=row_M < num_q, other=0.0)
+            s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION)
+            dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision=PRECISION)
+            p_NM = tl.exp2(s_NM * scale_log2 - lse_M[None, :])
+            if WINDOW:
+                p_NM = tl.where(_allowed(row_M[None, :], column_N[:, None], length, window, WINDOW), p_NM, 0.0)
+            ds_NM = p_NM * (dp_NM - delta_M[None, :])
+            dv_ND = tl.dot(p_NM.to(do_MD.dtype), do_MD, dv_ND, input_precision=PRECISION)
+            dk_ND = tl.dot(ds_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision=PRECISION)
+        store_rows(dk + part, dk_ND * scale, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
+        store_rows(dv + part, dv_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)

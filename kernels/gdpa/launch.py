@@ -1,0 +1,317 @@
+"""Launches of GDPA's Triton kernels, and their registration as one torch op with a gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.gdpa import triton_kernels
+from kernels.gdpa.tiles import Problem, Tiles, backward_query_tiles, backward_tiles, forward_tiles
+
+# The interpreter, which tests on CPU use, knows no inline assembly.
+_COMPILED = isinstance(triton_kernels._gdpa_fwd_kernel, triton.JITFunction)
+
+
+def gdpa_triton(
+    q_THD: Tensor,
+    q_offsets: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_offsets: Tensor | None,
+    activation: str | Sequence[str],
+    inner_scale: float,
+    outer_scale: float,
+    window: int | None,
+) -> Tensor:
+    """See `kernels.gdpa.gdpa`. Under autocast q, k and v are computed with in autocast's type."""
+    names = activation if isinstance(activation, str) else ",".join(activation)
+    device_type = q_THD.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        q_THD, k, v = q_THD.to(dtype), k.to(dtype), v.to(dtype)
+    if torch.compiler.is_compiling():
+        out: Tensor = _gdpa(q_THD, q_offsets, k, v, kv_offsets, names, inner_scale, outer_scale, window)
+        return out
+    # Eagerly past the dispatcher, whose way through a Python op costs more than a small shape's kernel.
+    out = _Eager.apply(q_THD, q_offsets, k, v, kv_offsets, names, inner_scale, outer_scale, window)
+    return out
+
+
+def forward(
+    q: Tensor,
+    q_offsets: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_offsets: Tensor | None,
+    activation: str,
+    inner: float,
+    outer: float,
+    window: int | None,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """`tiles` overrides the rule: for measurements."""
+    q, k, v = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    problem = _problem(q, q_offsets, k, kv_offsets, window)
+    tiles = tiles or forward_tiles(problem)
+    if problem.num_examples == 0:
+        return out
+    short = problem.dense_keys is not None and 0 < problem.dense_keys <= tiles.block_n
+    splits = problem.query_splits(tiles.block_m) if short else problem.tile_splits(tiles.block_m)
+    for name, heads in _runs(activation, problem.num_heads):
+        tensors = _of_heads((q, k, v, out), heads)
+        strides = _strides(("q", "k", "v", "o"), tensors)
+        num_heads = tensors[0].shape[1]
+        grid = (problem.num_examples * num_heads, splits)
+        options = strides | _options(problem, tiles, name)
+        streamed = _described(tensors[:1] if short else tensors[1:3], tiles, tiles.block_m if short else tiles.block_n)
+        options["TMA"] = streamed is not None
+        if streamed is not None:
+            tensors[0 if short else 1 : 1 if short else 3] = streamed
+        if short:
+            triton_kernels._gdpa_fwd_short_kernel[grid](
+                *tensors, q_offsets, num_heads, problem.dense_keys, inner, outer,
+                LATE=tiles.late, **options,
+            )  # fmt: skip
+        else:
+            triton_kernels._gdpa_fwd_kernel[grid](
+                *tensors, q_offsets, _offsets(kv_offsets, q_offsets), num_heads,
+                problem.dense_keys or 0, window or 0, inner, outer,
+                JAGGED=kv_offsets is not None, WINDOW=window is not None, **options,
+            )  # fmt: skip
+    return out
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    q_offsets: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_offsets: Tensor | None,
+    activation: str,
+    inner: float,
+    outer: float,
+    window: int | None,
+    tiles: Tiles | None = None,
+    dq_mode: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV. `tiles` and `dq_mode` override the rule: for measurements."""
+    q, k, v, grad = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v), _rows_of_heads(grad)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    problem = _problem(q, q_offsets, k, kv_offsets, window)
+    tiles = tiles or backward_tiles(problem)
+    if problem.num_examples == 0:
+        return dq, dk, dv
+    mode, splits = _dq_mode(problem, tiles, dq_mode)
+    scratch = torch.empty(q.shape, dtype=_accumulator(q.dtype), device=q.device) if mode == "carry" else dq
+    dk_parts, dv_parts = dk, dv
+    if mode == "store" and splits > 1:
+        dk_parts, dv_parts = torch.empty((2, splits, *k.shape), dtype=_accumulator(k.dtype), device=k.device).unbind()
+    kv_rows = k.shape[:-2].numel()
+    for name, heads in _runs(activation, problem.num_heads):
+        qkvg = _of_heads((q, k, v, grad), heads)
+        grads = _of_heads((dq, dk_parts, dv_parts, scratch), heads)
+        strides = _strides(("q", "k", "v", "do", "g"), [*qkvg, dq])
+        num_heads = qkvg[0].shape[1]
+        grid = (problem.num_examples * num_heads, splits)
+        streamed = _described([qkvg[0], qkvg[3]], tiles, tiles.block_m)
+        q_and_grad = [qkvg[0], qkvg[3]] if streamed is None else streamed
+        triton_kernels._gdpa_bwd_kernel[grid](
+            q_and_grad[0], *qkvg[1:3], q_and_grad[1], *grads, q_offsets, _offsets(kv_offsets, q_offsets), num_heads,
+            problem.dense_keys or 0, kv_rows, window or 0, inner, outer,
+            DQ=mode, LATE=tiles.late and mode != "skip", TMA=streamed is not None,
+            JAGGED=kv_offsets is not None, WINDOW=window is not None,
+            **strides, **_options(problem, tiles, name),
+        )  # fmt: skip
+        if mode == "skip":
+            query_tiles = backward_query_tiles(problem)
+            query_splits = problem.tile_splits(query_tiles.block_m)
+            triton_kernels._gdpa_bwd_q_kernel[(grid[0], query_splits)](
+                *qkvg, grads[0], q_offsets, _offsets(kv_offsets, q_offsets), num_heads,
+                problem.dense_keys or 0, window or 0, inner, outer,
+                JAGGED=kv_offsets is not None, WINDOW=window is not None,
+                **strides, **_options(problem, query_tiles, name),
+            )  # fmt: skip
+    if dk_parts is not dk:
+        dk, dv = dk_parts.sum(0).to(k.dtype), dv_parts.sum(0).to(v.dtype)
+    return dq, dk, dv
+
+
+def _dq_mode(problem: Problem, tiles: Tiles, asked: str | None) -> tuple[str, int]:
+    """How dQ is made (see `_gdpa_bwd_kernel`), and the second grid axis of that kernel."""
+    if asked is None:
+        one_tile = problem.dense_keys is not None and 0 < problem.dense_keys <= tiles.block_n
+        asked = "store" if one_tile else "carry" if tiles.carry and problem.enough_examples else "skip"
+    if asked == "store":
+        return asked, problem.query_splits(tiles.block_m)
+    if asked == "carry":
+        return asked, 1
+    if problem.dense_keys is not None:
+        return asked, max(1, -(-problem.dense_keys // tiles.block_n))
+    return asked, problem.tile_splits(tiles.block_n)
+
+
+def _problem(q: Tensor, q_offsets: Tensor, k: Tensor, kv_offsets: Tensor | None, window: int | None) -> Problem:
+    return Problem(
+        dtype=q.dtype,
+        num_examples=q_offsets.shape[0] - 1,
+        num_heads=q.shape[1],
+        width=q.shape[2],
+        query_rows=q.shape[0],
+        dense_keys=k.shape[1] if kv_offsets is None else None,
+        window=window,
+        datacenter_card=_is_datacenter_card(q.device),
+    )
+
+
+@functools.cache
+def _is_datacenter_card(device: torch.device) -> bool:
+    """True of the interpreter too, which then runs the code that such a card runs."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def _options(problem: Problem, tiles: Tiles, activation: str) -> dict[str, Any]:
+    return {
+        "D": problem.width,
+        "BLOCK_D": problem.block_d,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "ACTIVATION": activation,
+        "APPROX": problem.low_precision and _COMPILED,
+        "PRECISION": None if problem.low_precision else "ieee",
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+
+
+def _described(tensors: Sequence[Tensor], tiles: Tiles, block: int) -> list[TensorDescriptor] | None:
+    """Copy-engine descriptors of (rows, columns of all heads) in blocks of one head; None where it cannot read them."""
+    described = []
+    for x in tensors:
+        width, row_stride = x.shape[-1], x.stride(-3)
+        rows = x.shape[:-2].numel()
+        aligned = x.data_ptr() % 16 == 0 and row_stride * x.element_size() % 16 == 0
+        if not (tiles.tma and rows and aligned and width >= 16 and width & (width - 1) == 0):
+            return None
+        columns = (x.shape[-2] - 1) * x.stride(-2) + width
+        described.append(TensorDescriptor(x, [rows, columns], [row_stride, 1], [block, width]))
+    return described
+
+
+def _strides(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, int]:
+    """By row and by head. They are constants of a compiled kernel: a tile's addresses then share one register pair."""
+    return {
+        f"stride_{name}{axis}": stride
+        for name, x in zip(names, tensors, strict=True)
+        for axis, stride in zip("th", x.stride()[-3:-1], strict=True)
+    }
+
+
+def _runs(activation: str, num_heads: int) -> Iterator[tuple[str, slice]]:
+    """Neighboring heads of one activation: a launch each, so that no kernel branches on it."""
+    names = activation.split(",")
+    names = names * num_heads if len(names) == 1 else names
+    first = 0
+    for name, run in groupby(names):
+        size = len(list(run))
+        yield name, slice(first, first + size) if size < num_heads else slice(None)
+        first += size
+
+
+def _of_heads(tensors: Sequence[Tensor], heads: slice) -> list[Any]:
+    return list(tensors) if heads == slice(None) else [x[..., heads, :] for x in tensors]
+
+
+def _rows_of_heads(x: Tensor) -> Tensor:
+    """x, copied only if a head's row is not contiguous or dense examples do not follow one another."""
+    plain = x.stride(-1) == 1 and (x.dim() == 3 or x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return x if plain else x.contiguous()
+
+
+def _offsets(offsets: Tensor | None, instead: Tensor) -> Tensor:
+    """A pointer to pass where there are no offsets; it is not read."""
+    return instead if offsets is None else offsets
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@torch.library.custom_op("exfm::gdpa", mutates_args=())
+def _gdpa(
+    q: Tensor,
+    q_offsets: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_offsets: Tensor | None,
+    activation: str,
+    inner: float,
+    outer: float,
+    window: int | None,
+) -> Tensor:
+    return forward(q, q_offsets, k, v, kv_offsets, activation, inner, outer, window)
+
+
+@_gdpa.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@torch.library.custom_op("exfm::gdpa_backward", mutates_args=())
+def _gdpa_backward(
+    grad: Tensor,
+    q: Tensor,
+    q_offsets: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_offsets: Tensor | None,
+    activation: str,
+    inner: float,
+    outer: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(grad, q, q_offsets, k, v, kv_offsets, activation, inner, outer, window)
+
+
+@_gdpa_backward.register_fake
+def _(grad: Tensor, q: Tensor, q_offsets: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    q, q_offsets, k, v, kv_offsets = ctx.saved_tensors
+    dq, dk, dv = _gdpa_backward(grad, q, q_offsets, k, v, kv_offsets, *ctx.options)
+    return dq, None, dk, dv, None, None, None, None, None
+
+
+_gdpa.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same forward and backward without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save(ctx, inputs, inputs[0])
+        return forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, q_offsets, k, v, kv_offsets = ctx.saved_tensors
+        dq, dk, dv = backward(grad, q, q_offsets, k, v, kv_offsets, *ctx.options)
+        return dq, None, dk, dv, None, None, None, None, None

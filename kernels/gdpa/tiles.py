@@ -1,0 +1,146 @@
+"""Which tiles GDPA's kernels use: rules on the shape's class (dtype, head width, keys an example, window), no table.
+
+docs/kernels.md has the measurements behind each rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Programs that fill the largest card a few times over; below this, an example's queries are shared out.
+_ENOUGH_PROGRAMS = 512
+_MAX_SPLITS = 65_535  # of a CUDA grid's second axis
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Rows of a query tile and of a key tile, warps of a program, depth of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    """The streamed tiles come through the copy engine where layout and card allow: fewer registers and instructions."""
+    late: bool = False
+    """A tile's result is stored an iteration later, so that no wait stands between its last product and the next."""
+    carry: bool = True
+    """Backward over many key tiles, given enough examples: one program carries dQ along them. Else two passes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What the rules may look at: no lengths, which live on the device."""
+
+    dtype: torch.dtype
+    num_examples: int
+    num_heads: int
+    width: int
+    query_rows: int
+    dense_keys: int | None
+    """Keys per example, or None for jagged keys."""
+    window: int | None
+    datacenter_card: bool = True
+    """Hopper's or datacenter Blackwell's copy engine and 227 KB of shared memory, for which the tables are."""
+
+    @property
+    def block_d(self) -> int:
+        return _power_of_two(self.width)
+
+    @property
+    def low_precision(self) -> bool:
+        return self.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def key_class(self) -> str:
+        """Dense keys by the power of two that holds them, up to 256; else "long", or "window"."""
+        if self.window is not None:
+            return "window"
+        if self.dense_keys is None or self.dense_keys > 256:
+            return "long"
+        return str(_power_of_two(max(self.dense_keys, 1)))
+
+    def query_splits(self, block_m: int) -> int:
+        """Programs that share an example's queries when keys stay on chip: as few as fill the card."""
+        programs = max(self.num_examples * self.num_heads, 1)
+        return max(1, min(-(-_ENOUGH_PROGRAMS // programs), self._tiles(block_m), _MAX_SPLITS))
+
+    def tile_splits(self, block: int) -> int:
+        """Programs per example when each takes one tile, if lengths are within twice their mean; longer ones loop."""
+        return max(1, min(2 * self._tiles(block), _MAX_SPLITS))
+
+    @property
+    def enough_examples(self) -> bool:
+        """One program per example and head fills the card."""
+        return self.num_examples * self.num_heads >= _ENOUGH_PROGRAMS
+
+    def _tiles(self, block: int) -> int:
+        return -(-self.query_rows // (max(self.num_examples, 1) * block))
+
+
+# By (class of keys, wide heads), the fastest measured on an H100; a class nobody measured takes its neighbor's.
+# Wide: D > 64, where a tile's accumulators take twice the registers.
+_SMALL = Tiles(32, 32, 4, 1)
+_WIDEST = Tiles(64, 64, 8, 1)  # D > 128: what fits shared memory
+_FORWARD: dict[tuple[str, bool], Tiles] = {
+    ("16", False): Tiles(64, 16, 4, 3),
+    ("16", True): Tiles(64, 16, 4, 3),
+    ("32", False): Tiles(64, 32, 4, 3, late=True),
+    ("32", True): Tiles(64, 32, 4, 2),
+    ("64", False): Tiles(64, 64, 4, 3),
+    ("64", True): Tiles(64, 64, 4, 2),
+    ("128", False): Tiles(64, 128, 4, 4, tma=True),
+    ("128", True): Tiles(128, 128, 8, 3, late=True),
+    ("256", False): Tiles(128, 64, 8, 3, tma=True),
+    ("256", True): Tiles(128, 256, 8, 2, late=True),
+    ("long", False): Tiles(128, 64, 4, 3, tma=True),
+    ("long", True): Tiles(128, 64, 8, 3, tma=True),
+    ("window", False): Tiles(128, 64, 8, 3),
+    ("window", True): Tiles(128, 64, 8, 3),
+}
+_BACKWARD: dict[tuple[str, bool], Tiles] = {
+    ("16", False): Tiles(64, 16, 4, 2),
+    ("16", True): Tiles(64, 16, 4, 2),
+    ("32", False): Tiles(64, 32, 4, 1),
+    ("32", True): Tiles(32, 32, 4, 2),
+    ("64", False): Tiles(64, 64, 4, 3, tma=True),
+    ("64", True): Tiles(32, 64, 4, 3, tma=True, late=True),
+    ("128", False): Tiles(64, 128, 8, 3, late=True),
+    ("128", True): Tiles(64, 128, 8, 3),
+    ("256", False): Tiles(64, 128, 8, 3, late=True),
+    ("256", True): Tiles(64, 128, 8, 3, late=True),
+    ("long", False): Tiles(64, 128, 8, 3),
+    ("long", True): Tiles(64, 128, 8, 3),
+    ("window", False): Tiles(64, 64, 8, 3, tma=True),
+    ("window", True): Tiles(64, 64, 8, 3, tma=True),
+}
+
+
+def forward_tiles(problem: Problem) -> Tiles:
+    """Float32, float64 and other cards take small tiles, which run anywhere."""
+    return _choose(problem, _FORWARD)
+
+
+def backward_tiles(problem: Problem) -> Tiles:
+    """Of the kernel that makes dK and dV."""
+    return _choose(problem, _BACKWARD)
+
+
+def backward_query_tiles(problem: Problem) -> Tiles:
+    """For dQ in a pass of its own."""
+    if not (problem.low_precision and problem.datacenter_card):
+        return _SMALL
+    return Tiles(64, 64, 4, 2) if problem.block_d <= 128 else _WIDEST
+
+
+def _choose(problem: Problem, table: dict[tuple[str, bool], Tiles]) -> Tiles:
+    if not (problem.low_precision and problem.datacenter_card):
+        return _SMALL
+    return table[problem.key_class, problem.block_d > 64] if problem.block_d <= 128 else _WIDEST
+
+
+def _power_of_two(n: int) -> int:
+    """At least 16, the least a matrix instruction takes."""
+    return max(16, 1 << (n - 1).bit_length())

@@ -1,0 +1,66 @@
+"""The kernel benchmark's arithmetic, and that its baselines compute what our ops compute."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from services.bench.kernel_baselines import baselines
+from services.bench.kernel_shapes import SHAPES, Case, Shape, flops, least_bytes, make_case, pairs
+from services.bench.kernels import run
+
+CPU = torch.device("cpu")
+
+
+def small(shape: Shape) -> Case:
+    """The shape's kind, at a size for the CPU."""
+    sizes = {"keys": shape.keys and 8, "window": shape.window and 3, "seeds": shape.seeds and 5}
+    return make_case(dataclasses.replace(shape, examples=3, heads=2, width=16, queries=20, **sizes), CPU, seed=3)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_padded_baseline_computes_what_ours_does(shape: Shape) -> None:
+    case = small(shape)
+    ours = case.call()(*case.leaves, backend="reference")
+    _, function, leaves, grad = next(b for b in baselines(case, compiled=False) if b[0] == "eager")
+    theirs = function(*leaves).transpose(1, 2)
+    assert theirs.shape == grad.transpose(1, 2).shape
+    if shape.seeds is None:
+        theirs = torch.cat([theirs[b, :n] for b, n in enumerate(case.lengths)])
+    error = (theirs.float() - ours.float()).norm() / ours.float().norm()
+    assert error < 1e-2  # the baseline computes in bfloat16
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_pairs_are_those_that_count(shape: Shape) -> None:
+    case = small(shape)
+    w, keys = case.shape.window, case.shape.seeds or case.shape.keys
+    counted = sum(
+        1 for n in case.lengths for i in range(n) for j in range(keys or n) if keys or w is None or abs(i - j) <= w
+    )
+    assert pairs(case) == counted
+
+
+def test_floor_of_a_known_shape() -> None:
+    shape = next(s for s in SHAPES if s.name == "b1024_h4_d128_q512_k256")
+    case = Case(shape, [], torch.empty(0), torch.empty(0), [512] * 1024)
+    assert flops(case, backward=False) == 4 * 128 * 4 * 1024 * 512 * 256
+    assert flops(case, backward=True) == 2.5 * flops(case, backward=False)
+    assert least_bytes(case, backward=False) == 2 * (2 * 1024 * 512 + 2 * 1024 * 256) * 4 * 128
+
+
+def test_names_are_unique() -> None:
+    assert len({(s.op, s.name) for s in SHAPES}) == len(SHAPES)
+
+
+def test_unknown_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="known: "):
+        run(shape="nope")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        run()

@@ -1,0 +1,103 @@
+"""The softmax kernels against the references in float64: compiled where there is a GPU, else interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import LENGTHS, offsets_of
+from torch import Tensor
+from triton_cases import BOUNDS, DEVICE, LOW, check, poisoned
+
+from kernels.attention.launch import seed_attention_triton, window_attention_triton
+from kernels.seed_attention.reference import seed_attention_reference
+from kernels.window_attention.reference import window_attention_reference
+
+poison = pytest.fixture(autouse=True)(poisoned)
+
+HEADS = 3
+
+
+def run(function, tensors: list[Tensor], lengths: list[int], **options) -> list[Tensor]:
+    """Output and gradients."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = function(*leaves, offsets_of(lengths).to(DEVICE), scale=0.4, **options)
+    torch.manual_seed(1)
+    grad = torch.randn(out.shape, dtype=torch.float64).to(LOW).to(DEVICE, out.dtype)
+    return [out, *torch.autograd.grad(out, leaves, grad)]
+
+
+def inputs(lengths: list[int], seeds: int | None, width=16, dtype=torch.float32) -> list[Tensor]:
+    torch.manual_seed(0)
+    rows = [sum(lengths) if seeds is None else seeds, sum(lengths), sum(lengths)]
+    return [torch.randn(n, HEADS, width).to(dtype).to(DEVICE) for n in rows]
+
+
+def compare(lengths, *, seeds=None, window=None, width=16, dtype=torch.float32) -> None:
+    tensors = inputs(lengths, seeds, width, dtype)
+    fast, slow, options = window_attention_triton, window_attention_reference, {"window": window}
+    if seeds is not None:
+        fast, slow, options = seed_attention_triton, seed_attention_reference, {}
+    expected = run(slow, [t.double() for t in tensors], lengths, **options)
+    check("out dq dk dv", run(fast, tensors, lengths, **options), expected, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("case", ["ragged", "all_empty", "odd"])
+def test_window(case: str, window: int | None, dtype: torch.dtype) -> None:
+    compare(LENGTHS[case], window=window, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
+@pytest.mark.parametrize("seeds", [1, 37])
+@pytest.mark.parametrize("case", ["ragged", "all_empty", "odd", "one_empty"])
+def test_seeds(case: str, seeds: int, dtype: torch.dtype) -> None:
+    compare(LENGTHS[case], seeds=seeds, dtype=dtype)
+
+
+@pytest.mark.parametrize("width", [4, 24, 64, 128])
+def test_head_widths(width: int) -> None:
+    compare([3, 0, 20], window=5, width=width, dtype=LOW)
+    compare([3, 0, 20], seeds=7, width=width, dtype=LOW)
+
+
+@pytest.mark.parametrize("shift", [-300.0, 300.0])
+def test_scores_far_from_zero_neither_overflow_nor_vanish(shift: float) -> None:
+    q, k, v = inputs([3, 0, 20], None)
+    q[..., 0], k[..., 0] = shift, 3.0
+    options = {"window": None}
+    expected = run(window_attention_reference, [q.double(), k.double(), v.double()], [3, 0, 20], **options)
+    # Float32 scores of order 400 carry errors of order 1e-5 each.
+    check("out dq dk dv", run(window_attention_triton, [q, k, v], [3, 0, 20], **options), expected, 1e-3)
+
+
+def test_no_examples_give_seeds_no_gradient() -> None:
+    out, dq, _, _ = run(seed_attention_triton, inputs([], 5), [])
+    assert out.shape == (0, 5, HEADS, 16)
+    assert torch.equal(dq, torch.zeros_like(dq))
+
+
+def test_two_runs_agree_to_the_bit() -> None:
+    tensors = inputs(LENGTHS["odd"], 37, dtype=LOW)
+    first, second = (run(seed_attention_triton, tensors, LENGTHS["odd"]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 has no matrix instruction in Triton")
+def test_gradients_by_finite_differences() -> None:
+    offsets = offsets_of([2, 0, 1])
+    tensors = [t[:, :1].clone().requires_grad_() for t in inputs([2, 0, 1], None, width=2, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda *t: window_attention_triton(*t, offsets, window=1, scale=0.4), tensors)
+    tensors = [t[:, :1].clone().requires_grad_() for t in inputs([2, 0, 1], 2, width=2, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda *t: seed_attention_triton(*t, offsets, scale=0.4), tensors)
+
+
+def test_compiled_graph_holds_the_op_and_its_gradient() -> None:
+    tensors = inputs([2, 0, 3], 4)
+
+    def doubled(q: Tensor, *rest: Tensor, **options: object) -> Tensor:
+        return 2 * seed_attention_triton(2 * q, *rest, **options)
+
+    expected = run(doubled, tensors, [2, 0, 3])
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    check("out dq dk dv", run(compiled, tensors, [2, 0, 3]), expected, 1e-6)
