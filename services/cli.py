@@ -144,6 +144,18 @@ def check(settings: SettingsFile) -> None:
     raise typer.Exit(run(settings))
 
 
+@app.command()
+def status(
+    settings: SettingsFile,
+    once: Annotated[bool, typer.Option("--once", help="Print one picture and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Show state, lag, hit rate, freshness and rates of every process, refreshing."""
+    from services.status_command import run
+
+    raise typer.Exit(run(settings, once=once, as_json=as_json))
+
+
 @topics.command("create")
 def topics_create(settings: SettingsFile) -> None:
     """Create the topics that are missing, with the partitions of the settings."""
