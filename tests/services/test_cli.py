@@ -26,6 +26,8 @@ COMMANDS = {
     "status": {"--settings", "-s", "--once", "--json"},
     "topics create": {"--settings", "-s"},
     "topics describe": {"--settings", "-s"},
+    "quarantine list": {"--settings", "-s", "--limit", "--reason", "--json"},
+    "quarantine replay": {"--settings", "-s", "--reason", "--dry-run"},
     "bench demo": {"--json", "--out", "--device", "--rows", "--pace", "--paced-rows"},
 }
 
