@@ -18,6 +18,8 @@ from das.quarantine import Quarantine, QuarantineLimit
 from das.stream import KafkaConfig, KafkaSink, Record, TopicPartition, TopicsConfig, create_topics, read_tail
 from das.telemetry import RecordingTelemetry
 
+TRACE = {"trace": b"\x01"}
+
 
 class Rig:
     """Settings on topics of its own, a quarantine to fill, and the command."""
@@ -39,9 +41,7 @@ class Rig:
             self.sink, self.kafka.topics.quarantine, RecordingTelemetry(), QuarantineLimit(max_share=1.0)
         )
         for offset in offsets:
-            record = Record(
-                name, 1, offset, 1_650_000_000_000, b"k%d" % offset, b"v\xff%d" % offset, {"trace": b"\x01"}
-            )
+            record = Record(name, 1, offset, 1_650_000_000_000, b"k%d" % offset, b"v\xff%d" % offset, TRACE)
             quarantine.put(record, Poison(reason, detail))
         quarantine.flush()
 
@@ -77,7 +77,7 @@ def test_records_go_back_unchanged_and_never_twice(rig: Rig) -> None:
     assert rig.run("replay", "--dry-run").startswith("would replay 3")
     assert rig.sent() == []
     assert rig.run("replay") == f"replayed 3, {rig.kafka.topics.feedback} 1, {rig.kafka.topics.impressions} 2\n"
-    assert rig.sent() == [(1, b"k%d" % n, b"v\xff%d" % n, {"trace": b"\x01"}) for n in (7, 8)]
+    assert rig.sent() == [(1, b"k%d" % n, b"v\xff%d" % n, TRACE) for n in (7, 8)]
     assert rig.keys("feedback") == [b"k3"]
     rig.put(9)
     assert rig.run("replay").startswith("replayed 1,")
