@@ -29,7 +29,7 @@ from das.join_state import JoinState
 from das.position import Position, Positions
 from das.quarantine import Quarantine
 from das.schema import FeatureSchema
-from das.stream import Record, RecordSource, TopicPartition
+from das.stream import Record, RecordSource, TopicPartition, age_s
 from das.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class _Lane:
         self.tp = tp
         self.start = start
         self.next = start
+        self.delivered_ms = 0
         self.last_seq: int | None = None
         self.queue: deque[tuple[Record, _Head]] = deque()
         self.silent_s = 0.0
@@ -197,7 +198,7 @@ class ExampleSource:
             if lane is None:
                 break
             record, head = lane.queue.popleft()
-            lane.next = record.offset + 1
+            lane.next, lane.delivered_ms = record.offset + 1, record.timestamp_ms
             self.ended = False
             try:
                 messages.append(self._decode(record, head))
@@ -251,7 +252,10 @@ class ExampleSource:
 
     def _report_lag(self) -> None:
         for partition, messages in self.lag.items():
-            self._telemetry.gauge("exfm_lag_records", messages, topic=self._topic, partition=str(partition))
+            lane, labels = self._lanes[partition], {"topic": self._topic, "partition": str(partition)}
+            oldest_ms = lane.queue[0][0].timestamp_ms if lane.queue else lane.delivered_ms
+            self._telemetry.gauge("exfm_lag_records", messages, **labels)
+            self._telemetry.gauge("exfm_lag_seconds", age_s(oldest_ms) if messages else 0.0, **labels)
 
 
 def start_positions(source: RecordSource, topic: str, partitions: Sequence[int]) -> Positions:

@@ -31,6 +31,7 @@ POINTS: dict[str, str] = {
     "student.after_step": "trained, no snapshot yet",
     "student.after_snapshot": "snapshot renamed into place, offsets not committed",
     "student.after_commit": "offsets committed",
+    "quarantine.after_replay": "records sent back and acknowledged, not remembered",
     "snapshot.before_rename": "snapshot files written and fsynced under a temporary name",
 }
 

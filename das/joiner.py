@@ -22,7 +22,7 @@ from das.joiner_lane import JoinerLane
 from das.messages import MessageCodec
 from das.quarantine import Quarantine, QuarantineLimit
 from das.schema import FeatureSchema
-from das.stream import KafkaConfig, KafkaSink, KafkaSource, TopicPartition, read_tail
+from das.stream import KafkaConfig, KafkaSink, KafkaSource, TopicPartition, age_s, read_tail
 from das.telemetry import Telemetry
 from das.watermark import SIDES
 
@@ -286,7 +286,11 @@ class Joiner:
                     telemetry.count("exfm_records_total", lane.poison[side], topic=tp.topic, outcome="poison")
                     lane.passed[side] = lane.poison[side] = 0
                 behind = (source.highwater(tp) or 0) - join.next[side]
-                telemetry.gauge("exfm_lag_records", max(0, behind), topic=tp.topic, partition=str(number))
+                labels = {"topic": tp.topic, "partition": str(number)}
+                telemetry.gauge("exfm_lag_records", max(0, behind), **labels)
+                waiting = lane.waiting[side]
+                oldest_ms = waiting[0].timestamp_ms if waiting else lane.taken_ms[side]
+                telemetry.gauge("exfm_lag_seconds", age_s(oldest_ms) if behind > 0 else 0.0, **labels)
             telemetry.gauge("exfm_watermark_lag_seconds", join.watermark.lag_ms / 1000, partition=str(number))
         telemetry.gauge("exfm_joiner_pending", sum(len(lane.join.pending) for lane in self._lanes.values()))
 

@@ -53,6 +53,8 @@ class JoinerLane:
         self.paused = [False, False]
         self.poison = [0, 0]
         self.passed = [0, 0]
+        self.taken_ms = [0, 0]
+        """When the last records fed to the join were appended."""
         self._good = [0, 0]
         self._codec = codec
         self._quarantine = quarantine
@@ -70,6 +72,7 @@ class JoinerLane:
             return False
         waiting = self.waiting[side]
         consume = self._impression if side == IMPRESSIONS else self._feedback
+        self.taken_ms[side] = waiting[0].timestamp_ms
         for _ in range(min(RUN, len(waiting))):
             record = waiting.popleft()
             if HEADER_CONTROL in record.headers:

@@ -33,6 +33,7 @@ __all__ = [
     "RecordSource",
     "TopicPartition",
     "TopicsConfig",
+    "age_s",
     "create_topics",
     "partition_for",
     "read_tail",
@@ -337,6 +338,11 @@ def _read_tail(source: KafkaSource, tp: TopicPartition, count: int, deadline: De
         if end is not None and source.position(tp) >= end:
             return list(tail)
     raise Retryable(f"{tp.topic}[{tp.partition}]: the end of the partition was not reached in time")
+
+
+def age_s(timestamp_ms: int) -> float:
+    """Seconds since a record was appended, by the wall clock; never negative."""
+    return max(0.0, time.time() - timestamp_ms / 1000)
 
 
 def partition_for(impression_id: str, partitions: int) -> int:

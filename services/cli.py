@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 topics = typer.Typer(help="The Kafka topics of a pipeline.", no_args_is_help=True)
 app.add_typer(topics, name="topics")
+quarantine = typer.Typer(help="What the pipeline could not use.", no_args_is_help=True)
+app.add_typer(quarantine, name="quarantine")
 bench = typer.Typer(help="Measurements, each beside its baseline in the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -144,6 +146,18 @@ def check(settings: SettingsFile) -> None:
     raise typer.Exit(run(settings))
 
 
+@app.command()
+def status(
+    settings: SettingsFile,
+    once: Annotated[bool, typer.Option("--once", help="Print one picture and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Show state, lag, hit rate, freshness and rates of every process, refreshing."""
+    from services.status_command import run
+
+    raise typer.Exit(run(settings, once=once, as_json=as_json))
+
+
 @topics.command("create")
 def topics_create(settings: SettingsFile) -> None:
     """Create the topics that are missing, with the partitions of the settings."""
@@ -158,6 +172,31 @@ def topics_describe(settings: SettingsFile) -> None:
     from services.topics import describe
 
     raise typer.Exit(describe(settings))
+
+
+@quarantine.command("list")
+def quarantine_list(
+    settings: SettingsFile,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="The newest so many records.")] = 50,
+    reason: Annotated[str | None, typer.Option(help="Only records of this reason.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Print time, reason, detail and origin of quarantined records."""
+    from services.quarantine import show
+
+    raise typer.Exit(show(settings, limit=limit, reason=reason, as_json=as_json))
+
+
+@quarantine.command("replay")
+def quarantine_replay(
+    settings: SettingsFile,
+    reason: Annotated[str | None, typer.Option(help="Only records of this reason.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count; send nothing and remember nothing.")] = False,
+) -> None:
+    """Send quarantined impressions and feedback back to where they were read, each once."""
+    from services.quarantine import replay
+
+    raise typer.Exit(replay(settings, reason=reason, dry_run=dry_run))
 
 
 @bench.command("demo")

@@ -77,6 +77,9 @@ _ROWS = (
     _metric("exfm_quarantined_total", "counter", "records", "poison sent to quarantine", topic=None, reason=None),
     _metric("exfm_joiner_pending", "gauge", "impressions", "impressions whose window is still open"),
     _metric("exfm_lag_records", "gauge", "records", "records known but not processed", topic=None, partition=None),
+    _metric(
+        "exfm_lag_seconds", "gauge", "s", "age of the oldest record known but not processed", topic=None, partition=None
+    ),
     _metric("exfm_watermark_lag_seconds", "gauge", "s", "event time behind the newest seen", partition=None),
     _metric("exfm_rows_trained_total", "counter", "rows", "rows trained"),
     _metric("exfm_train_steps_total", "counter", "steps", "optimizer steps", outcome="ok nonfinite"),

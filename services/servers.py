@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from das.broker import create_topics, wait_for_broker
 from das.deadline import Deadline
+from das.errors import ConfigError
 from services.embedded import Server, start_broker, start_redis
 from services.settings import Settings
 
 BROKER = "broker"
 REDIS = "redis"
+ADDRESSES = "addresses.json"
+
+
+def attached(settings: Settings) -> Settings:
+    """The settings with the addresses of the servers that a running `exfm up` embeds, for other commands.
+
+    Raises ConfigError when the settings embed a server and no `exfm up` runs.
+    """
+    wanted = [name for name, on in ((BROKER, settings.embedded.kafka), (REDIS, settings.embedded.redis)) if on]
+    if not wanted:
+        return settings
+    try:
+        found = json.loads((settings.run_dir / "servers" / ADDRESSES).read_text(encoding="utf-8"))
+        return _with_addresses(settings, {name: found[name] for name in wanted})
+    except (OSError, ValueError, KeyError, TypeError):
+        message = f"embedded: no `exfm up` runs in {settings.run_dir}, and its {' and '.join(wanted)} with it"
+        raise ConfigError(f"{message}; start it, or set kafka.bootstrap and redis.url and turn embedded off") from None
+
+
+def _with_addresses(settings: Settings, addresses: Mapping[str, str]) -> Settings:
+    kafka, redis = settings.kafka, settings.redis
+    if BROKER in addresses:
+        kafka = kafka.model_copy(update={"bootstrap": addresses[BROKER]})
+    if REDIS in addresses:
+        redis = redis.model_copy(update={"url": f"redis://{addresses[REDIS]}/0"})
+    return settings.model_copy(update={"kafka": kafka, "redis": redis})
 
 
 class Servers:
@@ -33,6 +61,9 @@ class Servers:
             self._adopt(start_broker(self._folder / BROKER))
         if self._settings.embedded.redis:
             self._adopt(start_redis(self._folder / REDIS))
+        if self._running:
+            addresses = {name: server.address for name, server in self._running.items()}
+            (self._folder / ADDRESSES).write_text(json.dumps(addresses), encoding="utf-8")
 
     @property
     def environ(self) -> dict[str, str]:
@@ -47,12 +78,7 @@ class Servers:
     @property
     def settings(self) -> Settings:
         """The settings with the addresses of the embedded servers."""
-        kafka, redis = self._settings.kafka, self._settings.redis
-        if BROKER in self._running:
-            kafka = kafka.model_copy(update={"bootstrap": self._running[BROKER].address})
-        if REDIS in self._running:
-            redis = redis.model_copy(update={"url": f"redis://{self._running[REDIS].address}/0"})
-        return self._settings.model_copy(update={"kafka": kafka, "redis": redis})
+        return _with_addresses(self._settings, {name: server.address for name, server in self._running.items()})
 
     def create_topics(self, timeout_s: float = 30.0) -> None:
         """Create the topics that are missing. Raises Retryable when the broker does not answer in time."""
@@ -88,6 +114,7 @@ class Servers:
     def stop(self) -> None:
         """Stop the servers, Redis first so that its append-only file is flushed."""
         self._stopping = True
+        (self._folder / ADDRESSES).unlink(missing_ok=True)
         for server in reversed(list(self._running.values())):
             server.stop()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import math
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -35,6 +36,24 @@ def scrape(address: str, timeout_s: float = SCRAPE_TIMEOUT_S) -> Samples:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+def quantile(samples: Samples, name: str, q: float) -> float | None:
+    """The q-quantile of the histogram `name` since the process began, linear inside a bucket; None if it is empty.
+
+    Values past the last finite bound count as that bound.
+    """
+    bounds = sorted(
+        (float(dict(labels)["le"]), count) for (have, labels), count in samples.items() if have == f"{name}_bucket"
+    )
+    if not bounds or not bounds[-1][1]:
+        return None
+    rank, below, low = q * bounds[-1][1], 0.0, 0.0
+    for high, count in bounds:
+        if count >= rank and count > below:
+            return low + (high - low) * (rank - below) / (count - below) if math.isfinite(high) else low
+        below, low = count, high
+    return low
 
 
 def total(samples: Samples, name: str, **labels: str) -> float:
@@ -96,7 +115,7 @@ class Collector:
         span_s = max(now_s - before_s, 1e-9)
         for row in rows:
             if "rows" in row:
-                row["rows_per_s"] = (row["rows"] - before.get(row["name"], 0.0)) / span_s
+                row["rows_per_s"] = (row["rows"] - before.get(row["name"], row["rows"])) / span_s
         self._previous = (now_s, done)
         self.latest = self._picture(rows, now_s)
         self.history.append(_point(self.latest))
@@ -134,10 +153,8 @@ class Collector:
         row = {**{k: v for k, v in known.items() if k not in ("rss_bytes", "ready", "lag")}, **state, "ready": None}
         if state["pid"] is None:
             return row
-        try:
+        with contextlib.suppress(psutil.Error):  # it ended, or its number is of another container
             row["rss_bytes"] = psutil.Process(state["pid"]).memory_info().rss
-        except psutil.Error:
-            return row
         samples = self._samples(name, state["pid"])
         if samples is not None and kind != "server":
             row.update(self._numbers(name, kind, samples))
@@ -146,9 +163,11 @@ class Collector:
     def _samples(self, name: str, pid: int) -> Samples | None:
         try:
             port = json.loads((self._run_dir / "ports" / f"{name}.json").read_text(encoding="utf-8"))
-            return scrape(port["health"]) if port["pid"] == pid else None
-        except (OSError, ValueError, urllib.error.URLError):
+            samples = scrape(port["health"]) if port["pid"] == pid else {}
+        except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
             return None
+        # an old port may be someone else's by now
+        return samples if total(samples, "exfm_build_info", process=name) else None
 
     def _numbers(self, name: str, kind: str, samples: Samples) -> dict[str, Any]:
         counter = ROW_COUNTERS.get(kind, "exfm_rows_trained_total")
@@ -157,6 +176,7 @@ class Collector:
             "ready": bool(total(samples, "exfm_ready")),
             "rows": self._increase(name, counter, total(samples, counter, **labels)),
             "lag": total(samples, "exfm_lag_records"),
+            "lags": _lags(samples),
             "snapshot": total(samples, "exfm_snapshot_version"),
             "quarantined": self._increase(name, "quarantined", total(samples, "exfm_quarantined_total")),
             "violations": self._increase(name, "violations", total(samples, "exfm_invariant_violations_total")),
@@ -167,6 +187,8 @@ class Collector:
             for key, outcome in (("hits", "hit"), ("misses", "miss")):
                 value = total(samples, "exfm_logit_rows_total", outcome=outcome)
                 numbers[key] = self._increase(name, key, value)
+            gaps = {f"p{q}": quantile(samples, "exfm_freshness_gap_seconds", q / 100) for q in (50, 95)}
+            numbers["freshness_s"] = gaps if gaps["p50"] is not None else None
             numbers["degraded"] = bool(total(samples, "exfm_lookup_degraded"))
         if kind in ("teacher", "student"):
             numbers["ne"] = _by_portfolio(samples, "exfm_ne")
@@ -186,6 +208,16 @@ class _Increase:
         accumulated += value - last if value >= last else value
         self._seen[process, name] = (value, accumulated)
         return accumulated
+
+
+def _lags(samples: Samples) -> list[dict[str, Any]]:
+    """Per topic and partition: what is known but not processed, in records, and the age of the oldest in seconds."""
+    found = []
+    for (name, labels), records in samples.items():
+        if name == "exfm_lag_records":
+            where = dict(labels)
+            found.append({**where, "records": records, "seconds": total(samples, "exfm_lag_seconds", **where)})
+    return sorted(found, key=lambda lag: (lag["topic"], int(lag["partition"])))
 
 
 def _by_portfolio(samples: Samples, name: str) -> dict[str, float]:

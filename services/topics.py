@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
+from kafka.errors import KafkaError
 from rich.console import Console
 from rich.table import Table
 
-from das.broker import KafkaConfig, create_topics, wait_for_broker
+from das.broker import KafkaConfig, create_topics, open_client, translate, wait_for_broker
 from das.deadline import Deadline
 from das.errors import ExfmError
 from das.stream import KafkaSource, TopicPartition
 from services.logs import redact
 from services.process import EXIT_FAILED, EXIT_OK
+from services.servers import attached
 from services.settings import load
 
 TIMEOUT_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """A topic as the broker has it; `retention_ms` is None where the broker does not say, -1 for no limit."""
+
+    partitions: int
+    retention_ms: int | None
 
 
 def create(settings_file: Path) -> int:
@@ -34,7 +47,7 @@ def create(settings_file: Path) -> int:
 
 def describe(settings_file: Path) -> int:
     """Print the first and next offset of every partition; returns the exit code."""
-    kafka = load(settings_file, os.environ).kafka
+    kafka = attached(load(settings_file, os.environ)).kafka
     table = Table("topic", "partition", "first offset", "next offset")
     try:
         wait_for_broker(kafka, Deadline.after(TIMEOUT_S))
@@ -53,6 +66,26 @@ def partition_counts(kafka: KafkaConfig) -> dict[str, int]:
     return {names.impressions: kafka.partitions, names.feedback: kafka.partitions, names.examples: kafka.partitions} | {
         names.quarantine: 1
     }
+
+
+def describe_topics(kafka: KafkaConfig) -> dict[str, Topic | None]:
+    """What the broker says about the topics of a pipeline; None for an absent one. Raises Retryable or Fatal."""
+    names = list(partition_counts(kafka))
+    admin = open_client(KafkaAdminClient, kafka, {})
+    try:
+        described = {topic["name"]: topic for topic in admin.describe_topics(names) if not topic["error_code"]}
+        wanted = [ConfigResource(ConfigResourceType.TOPIC, name) for name in described]
+        settings = admin.describe_configs(wanted, config_filter="all").get("topic", {}) if wanted else {}
+    except KafkaError as error:
+        raise translate(error, kafka) from error
+    finally:
+        admin.close()
+    return {name: _topic(described[name], settings.get(name, {})) if name in described else None for name in names}
+
+
+def _topic(described: Any, settings: Any) -> Topic:
+    retention = settings.get("retention.ms", {}).get("value")
+    return Topic(len(described["partitions"]), None if retention is None else int(retention))
 
 
 def offsets(kafka: KafkaConfig, topic: str, count: int, timeout_s: float = TIMEOUT_S) -> dict[int, tuple[int, int]]:

@@ -100,6 +100,24 @@ def places(messages: list[ExampleMessage]) -> list[tuple[int, int]]:
 BOTH = {0: Position(0), 1: Position(0)}
 
 
+def test_lag_seconds_is_the_age_of_the_oldest_message_not_delivered(topic: Topic) -> None:
+    topic.put(0, 0, 10)
+    topic.put(0, 1, 11)
+    time.sleep(1.2)
+    topic.put(0, 2, 12)
+    source = topic.read({0: Position(0)}, idle_s=0.1)
+
+    def lag_s() -> float:
+        return topic.telemetry.gauges["exfm_lag_seconds", (("partition", "0"), ("topic", topic.name))]
+
+    seen = []
+    while len(seen) < 3:
+        messages = source.poll(5, 1)
+        seen += [lag_s()] * len(messages)
+    assert seen[0] >= 1.2 > seen[1] > 0
+    assert seen[2] == 0
+
+
 def test_partitions_are_merged_by_release_time_whatever_the_poll_size(topic: Topic) -> None:
     for seq, (first_ms, second_ms) in enumerate(((10, 15), (20, 16), (20, 20), (30, 99))):
         topic.put(0, seq, first_ms)

@@ -23,9 +23,12 @@ COMMANDS = {
     "demo": {"--out", "--device", "--speed", "--seed", "--rows"},
     "export": {"name", "--settings", "-s", "--to"},
     "check": {"--settings", "-s"},
+    "status": {"--settings", "-s", "--once", "--json"},
     "topics create": {"--settings", "-s"},
     "topics describe": {"--settings", "-s"},
     "bench kernels": {"--json", "--op", "--shape", "--compiled", "--no-compiled", "--seconds"},
+    "quarantine list": {"--settings", "-s", "--limit", "--reason", "--json"},
+    "quarantine replay": {"--settings", "-s", "--reason", "--dry-run"},
     "bench demo": {"--json", "--out", "--device", "--rows", "--pace", "--paced-rows"},
 }
 
@@ -65,7 +68,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert time.monotonic() - began_s < 3
 
 
-@pytest.mark.parametrize("command", [["das"], ["topics", "describe"], ["check"], ["up"], ["student", "x"]])
+@pytest.mark.parametrize("command", [["das"], ["topics", "describe"], ["check"], ["up"], ["student", "x"], ["status"]])
 def test_a_missing_settings_file_is_a_message_and_exit_2(command: list[str], tmp_path: Path) -> None:
     run = exfm(*command, "--settings", str(tmp_path / "absent.yaml"))
     assert run.returncode == 2
