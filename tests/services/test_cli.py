@@ -26,7 +26,7 @@ COMMANDS = {
     "status": {"--settings", "-s", "--once", "--json"},
     "topics create": {"--settings", "-s"},
     "topics describe": {"--settings", "-s"},
-    "bench kernels": {"--json", "--op", "--shape", "--compiled", "--no-compiled", "--seconds"},
+    "bench kernels": {"--json", "--op", "--shape", "--compiled", "--seconds"},
     "quarantine list": {"--settings", "-s", "--limit", "--reason", "--json"},
     "quarantine replay": {"--settings", "-s", "--reason", "--dry-run"},
     "bench demo": {"--json", "--out", "--device", "--rows", "--pace", "--paced-rows"},
