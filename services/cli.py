@@ -158,6 +158,14 @@ def status(
     raise typer.Exit(run(settings, once=once, as_json=as_json))
 
 
+@app.command()
+def doctor(settings: SettingsFile) -> None:
+    """Look at everything the pipeline needs; each line is ok or says what to do."""
+    from services.doctor import run
+
+    raise typer.Exit(run(settings))
+
+
 @topics.command("create")
 def topics_create(settings: SettingsFile) -> None:
     """Create the topics that are missing, with the partitions of the settings."""

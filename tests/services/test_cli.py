@@ -24,6 +24,7 @@ COMMANDS = {
     "export": {"name", "--settings", "-s", "--to"},
     "check": {"--settings", "-s"},
     "status": {"--settings", "-s", "--once", "--json"},
+    "doctor": {"--settings", "-s"},
     "topics create": {"--settings", "-s"},
     "topics describe": {"--settings", "-s"},
     "bench kernels": {"--json", "--op", "--shape", "--compiled", "--seconds"},
