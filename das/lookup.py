@@ -55,6 +55,7 @@ class _Call:
     """One call of `attach`: message indices not decided yet, by partition; the answers; why the rest was missed."""
 
     messages: Sequence[ExampleMessage]
+    rows: Sequence[int]
     pending: dict[int, list[int]]
     found: list[LogitBlock | None]
     missed: dict[int, str] = field(default_factory=dict)
@@ -90,13 +91,17 @@ class LogitLookup:
         """Whether any partition goes without waiting."""
         return any(p.degraded for p in self._partitions.values())
 
-    def attach(self, messages: Sequence[ExampleMessage]) -> list[LogitBlock | None]:
+    def attach(self, messages: Sequence[ExampleMessage], rows: Sequence[int] | None = None) -> list[LogitBlock | None]:
         """The verified block of each message, None where there is none to be had in time.
+
+        `rows`: per message, how many of its rows the caller trains, which is what hits and misses count; None = all.
 
         When the stop event is set, the answer may be cut short: messages not decided by then are None and not counted,
         so do not train on them. Raises Fatal only (wrong credentials, a server that refuses our commands).
         """
-        call = _Call(messages, {}, [None] * len(messages))
+        counted = [message.batch.num_rows for message in messages] if rows is None else rows
+        assert len(counted) == len(messages)
+        call = _Call(messages, counted, {}, [None] * len(messages))
         for index, message in enumerate(messages):
             call.pending.setdefault(message.partition, []).append(index)
         began_s = self._clock()
@@ -190,8 +195,7 @@ class LogitLookup:
 
     def _count(self, call: _Call, waited_s: float) -> None:
         undecided = {i for indices in call.pending.values() for i in indices}
-        for index, message in enumerate(call.messages):
-            rows = message.batch.num_rows
+        for index, rows in enumerate(call.rows):
             reason = call.missed.get(index)
             if reason is not None:
                 self._telemetry.count("exfm_logit_rows_total", rows, outcome="miss")

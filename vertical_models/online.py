@@ -105,7 +105,8 @@ class StudentLoop:
         messages = self._poll(stop)  # 1. read
         fault.point("student.after_poll")
         rows = [self._own_rows(message) for message in messages]
-        blocks = self._attach([m for m, own in zip(messages, rows, strict=True) if len(own)])  # 2. a bounded wait
+        wanted = [(m, len(own)) for m, own in zip(messages, rows, strict=True) if len(own)]
+        blocks = self._attach(wanted)  # 2. a bounded wait
         if stop.is_set():
             return  # the wait may have been cut short: nothing is decided, and nothing of this is trained
         fault.point("student.after_lookup")
@@ -162,11 +163,15 @@ class StudentLoop:
                 stop.wait(RETRY_S)
         return []
 
-    def _attach(self, messages: Sequence[ExampleMessage]) -> dict[tuple[int, int], LogitBlock]:
-        """Blocks by partition and offset, where there are any and none was missed in an earlier life."""
-        if self._lookup is None or not messages:
+    def _attach(self, wanted: Sequence[tuple[ExampleMessage, int]]) -> dict[tuple[int, int], LogitBlock]:
+        """Blocks by partition and offset, where there are any and none was missed in an earlier life.
+
+        `wanted`: messages, and how many of each one's rows are the student's.
+        """
+        if self._lookup is None or not wanted:
             return {}
-        found = zip(messages, self._lookup.attach(messages), strict=True)
+        messages = [message for message, _ in wanted]
+        found = zip(messages, self._lookup.attach(messages, [rows for _, rows in wanted]), strict=True)
         blocks = {(m.partition, m.offset): block for m, block in found if block is not None}
         return {key: block for key, block in blocks.items() if key not in self._misses}
 

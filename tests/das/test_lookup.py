@@ -42,6 +42,12 @@ def test_no_messages_ask_for_nothing() -> None:
     assert Rig(f"redis://{HOST}:1/0", "nobody-listens").attach() == ([], 0.0)
 
 
+def test_hits_and_misses_count_the_rows_that_the_caller_trains(rig: Rig) -> None:
+    rig.score(message(0), watermark=2)
+    rig.lookup.attach([message(0), message(1)], [3, 1])
+    assert (rig.rows("hit"), rig.misses()) == (3, {"absent": 1})
+
+
 def test_a_message_that_the_teacher_has_not_reached_is_waited_for(rig: Rig) -> None:
     rig.score(message(0))
     rig.sim.after(1.5, lambda: rig.score(message(1), message(2)))

@@ -177,9 +177,10 @@ def test_a_second_life_after_the_end_trains_nothing_again(make_spec: Callable[..
 
 
 def test_rows_of_other_domains_are_passed_over(make_spec: Callable[..., Spec]) -> None:
-    spec = make_spec(domains=["mail"], objectives=["click"], batch_rows=4)
+    spec, telemetry = make_spec(domains=["mail"], objectives=["click"], batch_rows=4), RecordingTelemetry()
     with _stream(spec):
-        trainer = _run(spec)
+        trainer = _run(spec, telemetry)
+    assert telemetry.total("exfm_logit_rows_total", outcome="hit") == trainer.counts.rows_with_logits
     assert trainer.counts.rows.tolist()[:2] == [0, 0]
     assert int(trainer.counts.rows[2]) == int(trainer.seen.sum()) > 0
     assert _snapshot(spec).manifest.positions == {p: Position(count) for p, count in enumerate(COUNTS)}
