@@ -9,6 +9,7 @@ from typing import Any
 
 COLORS = ("#2563c9", "#c2570c", "#0f8a5f", "#a0369c", "#8a6d00", "#b3263a")
 SMOOTH_BLOCKS = 10
+BLOCK_ROWS = 1000
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -33,8 +34,14 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         arms = [row for row in students if row["portfolio"] == portfolio]
         _draw_ne(axes, portfolio, arms, teachers.get(portfolio))
     models = students + [teachers[p] for p in portfolios if p in teachers]
-    _draw_dots(panels[len(portfolios)], models, portfolios, "auc", "AUC")
-    _draw_dots(panels[len(portfolios) + 1], models, portfolios, "calibration", "calibration, sum p / sum y")
+    _draw_dots(panels[len(portfolios)], models, portfolios, "auc", "all portfolios: AUC (higher is better)")
+    _draw_dots(
+        panels[len(portfolios) + 1],
+        models,
+        portfolios,
+        "calibration",
+        "all portfolios: calibration, sum p / sum y (best: 1)",
+    )
     panels[len(portfolios) + 1].axhline(1.0, color="#444444", linewidth=0.8)
     for axes in panels[num_panels:]:
         axes.set_visible(False)
@@ -61,13 +68,21 @@ def moving_ne(blocks: list[list[float]], width: int = SMOOTH_BLOCKS) -> tuple[li
 
 def _draw_ne(axes: Any, portfolio: str, arms: list[dict[str, Any]], teacher: dict[str, Any] | None) -> None:
     for arm, color in zip(sorted(arms, key=lambda row: row["arm"]), COLORS, strict=False):
-        axes.plot(*moving_ne(arm["blocks"]), label=f"student, {arm['arm']}", color=color, linewidth=1.5)
+        _draw_line(axes, arm, label=f"student, {arm['arm']}", color=color, linewidth=1.5)
     if teacher:
-        axes.plot(*moving_ne(teacher["blocks"]), label="teacher", color="#777777", linewidth=1, linestyle="--")
-    axes.set_title(f"{portfolio}: NE, last {SMOOTH_BLOCKS} blocks (lower is better)", fontsize=10)
-    axes.set_xlabel("evaluated rows")
+        _draw_line(axes, teacher, label="teacher", color="#777777", linewidth=1, linestyle="--")
+    axes.set_title(f"{portfolio}: NE (lower is better)", fontsize=10)
+    axes.set_xlabel(
+        f"evaluated rows; a point: the last {SMOOTH_BLOCKS} blocks of {BLOCK_ROWS} rows up to it", fontsize=8
+    )
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
+
+
+def _draw_line(axes: Any, row: dict[str, Any], **style: Any) -> None:
+    """A line; a dot where there is one point only."""
+    seen, values = moving_ne(row["blocks"])
+    axes.plot(seen, values, marker="o" if len(seen) == 1 else None, **style)
 
 
 def _draw_dots(axes: Any, models: list[dict[str, Any]], portfolios: list[str], column: str, title: str) -> None:
