@@ -24,6 +24,9 @@ Status = dict[str, Any]
 HISTORY = 900
 SELF = "supervisor"
 SCRAPE_TIMEOUT_S = 1.0
+PIPELINE = ("replay", "das", "teacher", "student")
+FINISHED = "finished"
+LOG_TAIL_BYTES = 16_384
 ROW_COUNTERS = {"replay": "exfm_replayed_total", "das": "exfm_examples_rows_total"}
 
 
@@ -83,6 +86,7 @@ class Collector:
         self._states = states
         self._interval_s = interval_s
         self._started_s = time.monotonic()
+        self._started_wall_s = time.time()
         self._increase = _Increase()
         self._previous: tuple[float, dict[str, float]] = (self._started_s, {})
         self._stop = threading.Event()
@@ -110,11 +114,12 @@ class Collector:
         """Read everything once and return the picture."""
         now_s = time.monotonic()
         rows = [self._process(state) for state in self._states()]
+        self._settle(rows)
         done = {row["name"]: row["rows"] for row in rows if "rows" in row}
         before_s, before = self._previous
         span_s = max(now_s - before_s, 1e-9)
         for row in rows:
-            if "rows" in row:
+            if "rows" in row and row["ready"] is not None:
                 row["rows_per_s"] = (row["rows"] - before.get(row["name"], row["rows"])) / span_s
         self._previous = (now_s, done)
         self.latest = self._picture(rows, now_s)
@@ -125,12 +130,15 @@ class Collector:
         return self.latest
 
     def _picture(self, rows: list[dict[str, Any]], now_s: float) -> Status:
-        by_kind = {kind: [r for r in rows if r["kind"] == kind] for kind in ("replay", "das", "teacher", "student")}
+        by_kind = {kind: [r for r in rows if r["kind"] == kind] for kind in PIPELINE}
         hits = sum(r.get("hits", 0.0) for r in by_kind["student"])
         misses = sum(r.get("misses", 0.0) for r in by_kind["student"])
         head = by_kind["teacher"] or by_kind["student"] or by_kind["das"]
         trainers = by_kind["teacher"] + by_kind["student"]
         return {
+            "pipeline": self._run_dir.resolve().name,
+            "phase": _phase(by_kind),
+            "ready": [sum(_is_up(r) for r in rows if r["kind"] in PIPELINE), sum(map(len, by_kind.values()))],
             "when_ms": int(time.time() * 1000),
             "uptime_s": round(now_s - self._started_s, 1),
             "rows_expected": max([self._rows_expected, *(r.get("rows_expected", 0.0) for r in by_kind["replay"])]),
@@ -138,7 +146,7 @@ class Collector:
             "rows_joined": sum(r.get("rows", 0.0) for r in by_kind["das"]),
             "rows_trained": sum(r.get("rows", 0.0) for r in by_kind["teacher"]),
             "events_per_s": sum(r.get("rows_per_s", 0.0) for r in head),
-            "lag": max((r["lag"] for r in trainers if r.get("lag") is not None), default=0.0),
+            "lags": {kind: _largest_lag(by_kind[kind]) for kind in ("das", "teacher", "student")},
             "hit_rate": hits / (hits + misses) if hits + misses else None,
             "ne": {r["name"]: r["ne"] for r in trainers if r.get("ne")},
             "processes": rows,
@@ -150,7 +158,8 @@ class Collector:
         """One process: its state, memory and the numbers it publishes; the last ones known when it is not answering."""
         name, kind = state["name"], state["kind"]
         known: dict[str, Any] = next((r for r in self.latest.get("processes", []) if r["name"] == name), {})
-        row = {**{k: v for k, v in known.items() if k not in ("rss_bytes", "ready", "lag")}, **state, "ready": None}
+        gone = ("rss_bytes", "ready", "lag", "rows_per_s")
+        row = {**{k: v for k, v in known.items() if k not in gone}, **state, "ready": None}
         if state["pid"] is None:
             return row
         with contextlib.suppress(psutil.Error):  # it ended, or its number is of another container
@@ -159,6 +168,51 @@ class Collector:
         if samples is not None and kind != "server":
             row.update(self._numbers(name, kind, samples))
         return row
+
+    def _settle(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the last scrape of processes that ended by what they counted in all; no number where none is known.
+
+        The rows of joiners that ended are those that the teacher trained, once it has ended too.
+        """
+        for row in rows:
+            if row["state"] == FINISHED and row["kind"] in ("replay", "teacher", "student"):
+                final = self._sent(row) if row["kind"] == "replay" else self._results(row)
+                row.pop("rows", None)
+                row.update(final)
+        joiners = [row for row in rows if row["kind"] == "das" and row["state"] == FINISHED]
+        teachers = [row for row in rows if row["kind"] == "teacher" and row["state"] == FINISHED]
+        for row in joiners:
+            row.pop("rows", None)
+            if len(joiners) == 1 and teachers and "rows" in teachers[0]:
+                row["rows"] = teachers[0]["rows"]
+
+    def _results(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Final counts of a trainer, from the results it wrote; empty without, or if they are of an earlier run."""
+        path = self._run_dir / "results" / f"{row['name']}.json"
+        try:
+            if path.stat().st_mtime < self._started_wall_s:
+                return {}
+            results = json.loads(path.read_text(encoding="utf-8"))
+            rows, hit_rate = float(results["rows"]), results.get("hit_rate")
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        if hit_rate is None:
+            return {"rows": rows}
+        return {"rows": rows, "hits": hit_rate * rows, "misses": rows - hit_rate * rows}
+
+    def _sent(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Impressions that a replay sent in all, from the last line of its log that says so; else those of its table.
+
+        Only a complete replay ends with `finished`, unless someone else told it to stop.
+        """
+        for line in reversed(_tail(self._run_dir / "logs" / f"{row['name']}.log")):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                event = json.loads(line)
+                if event["event"] == "replayed":
+                    sent = float(event["impressions"])
+                    return {"rows": sent, "rows_expected": sent} if event["complete"] else {"rows": sent}
+        expected = row.get("rows_expected") or self._rows_expected
+        return {"rows": float(expected)} if expected else {}
 
     def _samples(self, name: str, pid: int) -> Samples | None:
         try:
@@ -170,6 +224,9 @@ class Collector:
         return samples if total(samples, "exfm_build_info", process=name) else None
 
     def _numbers(self, name: str, kind: str, samples: Samples) -> dict[str, Any]:
+        if kind == "serve":
+            requests = self._increase(name, "requests", total(samples, "exfm_http_requests_total"))
+            return {"ready": bool(total(samples, "exfm_ready")), "requests": requests}
         counter = ROW_COUNTERS.get(kind, "exfm_rows_trained_total")
         labels = {"topic": "impressions"} if kind == "replay" else {}
         numbers: dict[str, Any] = {
@@ -210,6 +267,36 @@ class _Increase:
         return accumulated
 
 
+def _is_up(row: dict[str, Any]) -> bool:
+    return bool(row["ready"]) or row["state"] == FINISHED
+
+
+def _largest_lag(rows: list[dict[str, Any]]) -> float | None:
+    """In records of its inputs for a joiner, in messages of examples for a trainer; None when none of them runs."""
+    return max((row["lag"] for row in rows if row.get("lag") is not None), default=None)
+
+
+def _phase(by_kind: dict[str, list[dict[str, Any]]]) -> str:
+    """`starting` until the first row is trained, `running`, `sent` when the replay has ended, `ended`."""
+    trainers = by_kind["teacher"] + by_kind["student"] or by_kind["das"]
+    sources = by_kind["replay"]
+    if all(row["state"] == FINISHED for row in by_kind["das"] + trainers + sources):
+        return "ended"
+    if not any(row.get("rows") for row in trainers):
+        return "starting"
+    return "sent" if sources and all(row["state"] == FINISHED for row in sources) else "running"
+
+
+def _tail(path: Path) -> list[bytes]:
+    """The last lines of a log; none without one."""
+    try:
+        with path.open("rb") as log:
+            log.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
+            return log.read().splitlines()
+    except OSError:
+        return []
+
+
 def _lags(samples: Samples) -> list[dict[str, Any]]:
     """Per topic and partition: what is known but not processed, in records, and the age of the oldest in seconds."""
     found = []
@@ -230,19 +317,26 @@ def _by_portfolio(samples: Samples, name: str) -> dict[str, float]:
 
 def _point(status: Status) -> dict[str, Any]:
     """What the charts of the live page keep of one picture."""
-    return {key: status[key] for key in ("when_ms", "events_per_s", "lag", "hit_rate", "ne", "rss_bytes")}
+    return {key: status[key] for key in ("when_ms", "events_per_s", "lags", "hit_rate", "ne", "rss_bytes")}
 
 
 def summary_line(status: Status) -> str:
     """One plain line for a log or a terminal without a cursor."""
     if not status:
         return "starting"
+    memory = f"{status['rss_bytes'] / 2**30:.1f} GiB"
+    if status["phase"] == "starting":
+        ready, processes = status["ready"]
+        starting = f"starting processes, {ready} of {processes} ready"
+        what = "waiting for the first rows" if ready == processes else starting
+        return f"{status['uptime_s']:.0f} s | {what} | {memory}"
     hit_rate = "-" if status["hit_rate"] is None else f"{status['hit_rate']:.2%}"
     nes = " ".join(f"{name}={_first(ne):.3f}" for name, ne in status["ne"].items())
     share = f" {status['rows_trained'] / status['rows_expected']:.0%}" if status["rows_expected"] else ""
+    lag = max((lag for kind, lag in status["lags"].items() if kind != "das" and lag is not None), default=0.0)
     return (
-        f"{status['uptime_s']:.0f} s{share} | {status['events_per_s']:.0f} events/s | lag {status['lag']:.0f} | "
-        f"hit {hit_rate} | {status['rss_bytes'] / 2**30:.1f} GiB | NE {nes or '-'}"
+        f"{status['uptime_s']:.0f} s{share} | {status['events_per_s']:.0f} events/s | lag {lag:.0f} messages | "
+        f"hit {hit_rate} | {memory} | NE {nes or '-'}"
     )
 
 

@@ -34,10 +34,12 @@ class Progress:
     def tick(self) -> None:
         """Show the newest picture."""
         status = self._collector.latest
-        left_s = seconds_left(list(self._collector.history), status)
-        left = "time left: -" if left_s is None else f"time left: {left_s:.0f} s"
+        left = ""
+        if status and status["phase"] != "starting":
+            left_s = seconds_left(list(self._collector.history), status)
+            left = " | time left: -" if left_s is None else f" | time left: {left_s:.0f} s"
         if self._live is None:
-            self.say(f"{summary_line(status)} | {left}")
+            self.say(f"{summary_line(status)}{left}")
         elif status:
             self._live.update(_panel(status, left), refresh=True)
 
@@ -63,7 +65,7 @@ def seconds_left(history: Sequence[dict[str, Any]], status: Status) -> float | N
 
 def _panel(status: Status, left: str) -> Table:
     table = Table(
-        box=box.SIMPLE_HEAD, title=f"{summary_line(status).partition(' | NE')[0]} | {left}", title_justify="left"
+        box=box.SIMPLE_HEAD, title=f"{summary_line(status).partition(' | NE')[0]}{left}", title_justify="left"
     )
     for heading in ("process", "state", "rows", "rows/s", "lag", "hit rate", "NE (recent)", "memory", "restarts"):
         table.add_column(heading, justify="left" if heading in ("process", "state") else "right")
@@ -75,13 +77,20 @@ def _panel(status: Status, left: str) -> Table:
             row["state"],
             _count(row.get("rows")),
             _count(row.get("rows_per_s")),
-            _count(row.get("lag")),
+            _lag(row),
             f"{row['hits'] / seen:.2%}" if seen else "",
             nes,
             f"{row['rss_bytes'] / 2**20:,.0f} MiB" if "rss_bytes" in row else "",
             str(row["restarts"]),
         )
     return table
+
+
+def _lag(row: dict[str, Any]) -> str:
+    """What waits for the process, with its unit; nothing waits for a replay or a server."""
+    if row["kind"] not in ("das", "teacher", "student") or row.get("lag") is None:
+        return ""
+    return f"{row['lag']:,.0f} {'records' if row['kind'] == 'das' else 'messages'}"
 
 
 def _count(value: float | None) -> str:

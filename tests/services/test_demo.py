@@ -83,7 +83,7 @@ def test_document_says_what_it_was_measured_on(demo: tuple[Path, Any]) -> None:
 def test_progress_table_and_picture_are_shown(demo: tuple[Path, Any]) -> None:
     folder, run = demo
     assert "events/s" in run.stdout
-    assert "time left" in run.stdout
+    assert "starting processes, " in run.stdout
     assert "1/long_view     distilled" in run.stdout
     assert f"{ROWS:,} distinct of {ROWS:,} impressions replayed, 0 duplicates" in run.stdout
     assert (folder / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
