@@ -16,6 +16,8 @@ from services.settings import Settings
 BROKER = "broker"
 REDIS = "redis"
 ADDRESSES = "addresses.json"
+PING_S = 10.0
+RETRY_S = 0.5
 
 
 def attached(settings: Settings) -> Settings:
@@ -32,6 +34,23 @@ def attached(settings: Settings) -> Settings:
     except (OSError, ValueError, KeyError, TypeError):
         message = f"embedded: no `exfm up` runs in {settings.run_dir}, and its {' and '.join(wanted)} with it"
         raise ConfigError(f"{message}; start it, or set kafka.bootstrap and redis.url and turn embedded off") from None
+
+
+def refuse_an_earlier_run(settings: Settings) -> None:
+    """Raises ConfigError where an embedded broker would begin a new log under models or logits of an old one.
+
+    Their positions would lie past the end of the new log, or rows before them would be skipped in silence.
+    """
+    if not settings.embedded.kafka:
+        return
+    run_dir = settings.run_dir
+    kept = [p for pattern in ("teacher/*", "students/*/*") for p in run_dir.glob(pattern) if p.name.isdecimal()]
+    logits = (run_dir / "servers" / REDIS / "appendonlydir").glob("*.aof.*.*")  # Redis begins with an empty 1.base.rdb
+    if kept or any(p.stat().st_size for p in logits if not p.name.endswith(".1.base.rdb")):
+        raise ConfigError(
+            f"run_dir {run_dir} holds models of an earlier stream, and the embedded broker keeps its log in memory: "
+            "name a new run_dir, delete it, or use a Kafka of your own"
+        )
 
 
 def _with_addresses(settings: Settings, addresses: Mapping[str, str]) -> Settings:

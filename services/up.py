@@ -11,6 +11,7 @@ from services.health import HealthConfig, HealthServer, write_address
 from services.live import pages
 from services.process import Context
 from services.process import run as run_process
+from services.servers import refuse_an_earlier_run
 from services.status import Collector
 from services.supervisor import Supervisor
 
@@ -23,7 +24,11 @@ def run(settings_file: Path) -> int:
 
 
 def supervise(context: Context, settings_file: Path) -> None:
-    """Run the pipeline and serve the live page. Raises Fatal when it could not be kept running."""
+    """Run the pipeline and serve the live page.
+
+    Raises ConfigError before anything starts, Fatal when it could not be kept running.
+    """
+    refuse_an_earlier_run(context.settings)
     supervisor = Supervisor(context.settings, settings_file, context.telemetry, lambda text: print(text, flush=True))
     collector = Collector(context.settings.run_dir, supervisor.status)
     live = open_live_page(context, collector)
