@@ -102,7 +102,7 @@ class RowReader:
         found: list[tuple[tuple[int, int], ...]] = [()] * len(times)
         for objective, name in enumerate(self._schema.objective_names):
             outcome = self._dataset.outcomes[name]
-            value = self._cast(chunk, outcome.column, pa.float64())
+            value = self._cast(chunk, outcome.column, pa.float64(), truths=True)
             happened = pc.fill_null(pc.greater(value, outcome.above), False).to_numpy(zero_copy_only=False)
             places = np.flatnonzero(happened)
             if not places.size:
@@ -136,15 +136,20 @@ class RowReader:
             raise self._error(chunk, empty, name, f"is empty; {fix}")
         return column
 
-    def _cast(self, chunk: _Chunk, name: str, target: pa.DataType) -> pa.Array:
-        """One column as `target`, NaN as null. Raises ConfigError naming the column and its rows."""
+    def _cast(self, chunk: _Chunk, name: str, target: pa.DataType, *, truths: bool = False) -> pa.Array:
+        """One column as `target`, NaN as null; `truths` reads the words true and false as 1 and 0.
+
+        Raises ConfigError naming the column and the row.
+        """
         column = chunk.batch.column(name)
+        if truths and _is_text(column.type):
+            column = _truths_to_digits(column)
         try:
-            if pa.types.is_boolean(column.type):
-                column = column.cast(pa.int8())
-            column = _nan_to_null(column).cast(target)
-        except pa.ArrowException as error:
-            raise self._error(chunk, [0], name, f"or a later row does not read as {target}: {error}") from None
+            column = _as_type(column, target)
+        except pa.ArrowException:
+            place = next((n for n in range(len(column)) if not _reads_as(column.slice(n, 1), target)), 0)
+            value = chunk.batch.column(name)[place].as_py()
+            raise self._error(chunk, [place], name, f"does not read as {target}: {value!r}") from None
         column = _nan_to_null(column)
         if pa.types.is_floating(target):
             infinite = np.flatnonzero(pc.fill_null(pc.is_inf(column), False).to_numpy(zero_copy_only=False))
@@ -158,6 +163,27 @@ class RowReader:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _as_type(column: pa.Array, target: pa.DataType) -> pa.Array:
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    return _nan_to_null(column).cast(target)
+
+
+def _reads_as(column: pa.Array, target: pa.DataType) -> bool:
+    try:
+        _as_type(column, target)
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _truths_to_digits(column: pa.Array) -> pa.Array:
+    """The words true and false, in any case, as 1 and 0; other text as it is."""
+    word = pc.utf8_lower(column)
+    column = pc.if_else(pc.equal(word, "true"), pa.scalar("1", column.type), column)
+    return pc.if_else(pc.equal(word, "false"), pa.scalar("0", column.type), column)
 
 
 def _nan_to_null(column: pa.Array) -> pa.Array:

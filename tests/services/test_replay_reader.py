@@ -94,6 +94,14 @@ def test_an_outcome_may_carry_its_own_time(tmp_path: Path) -> None:
     assert _rows(tmp_path, dated, outcomes=outcomes)[1].outcomes == ((0, START_MS + 12), (1, START_MS + 87))
 
 
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv"])
+def test_outcomes_may_be_true_and_false(tmp_path: Path, name: str) -> None:
+    said = [{**r, "clicked": bool(r["clicked"])} for r in RECORDS]
+    assert _rows(tmp_path, said, name) == _rows(tmp_path, RECORDS, name)
+    spelt = [{**r, "clicked": "True" if r["clicked"] else "FALSE"} for r in RECORDS]
+    assert _rows(tmp_path, spelt, name) == _rows(tmp_path, RECORDS, name)
+
+
 def test_batches_keep_their_order_and_row_numbers(tmp_path: Path) -> None:
     many = [record(n) for n in range(9000)]
     for name in ("t.parquet", "t.csv", "t.jsonl"):
@@ -103,8 +111,8 @@ def test_batches_keep_their_order_and_row_numbers(tmp_path: Path) -> None:
 
 BAD_TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     "gap in a required column": ("row 7: column 'price' is empty; set nullable: true for 'price'", {"price": None}),
-    "text for a number": ("column 'price' or a later row does not read as double", {"price": "cheap"}),
-    "fraction for an id": ("column 'item_id' or a later row does not read as int64", {"item_id": 1.5}),
+    "text for a number": ("row 7: column 'price' does not read as double: 'cheap'", {"price": "cheap"}),
+    "fraction for an id": ("row 7: column 'item_id' does not read as int64: '?1.5", {"item_id": 1.5}),
     "infinite": ("row 7: column 'price' is infinite; clip it", {"price": float("inf")}),
     "unknown domain": (r"row 7: column 'page' has \['c'\], not in the schema; add to its domains", {"page": "c"}),
     "no time": ("row 7: column 'at' is empty; every row needs a time", {"at": None}),
