@@ -122,7 +122,7 @@ def decode_block(data: bytes) -> LogitBlock:
 
 def _within(logits: npt.NDArray[np.floating], limit: float) -> bool:
     """True only if all values are finite and at most `limit`; False may be wrong, but then it is a rare case."""
-    return bool(np.vdot(logits, logits) < limit * limit / 2)  # NaN is not; a quarter of the time of looking at each value
+    return float(np.vdot(logits, logits)) < limit * limit / 2  # NaN is not; far cheaper than isfinite of each
 
 
 def _digest(head: bytes, payload: bytes) -> int:
