@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from foundation_model.features import FeatureEncoder
 from services.bench import das_events
 from services.bench.document import Row
 
-BATCH_ROWS = 256
 PASSES = 20
 """Each message is decoded so often in one measurement; JSON once."""
 
@@ -30,22 +30,48 @@ def measure(*, rows: int, repeats: int) -> list[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [_decode(rows // BATCH_ROWS * BATCH_ROWS or BATCH_ROWS, repeats)]
+        cases = {
+            "": _decode(rows, repeats, 256, sequence=False),
+            "1024_rows_per_message_": _decode(rows, repeats, 1024, sequence=False),
+            "with_sequence_": _decode(rows, repeats, 256, sequence=True),
+            "with_sequence_1024_rows_per_message_": _decode(rows, repeats, 1024, sequence=True),
+        }
     finally:
         torch.set_num_threads(threads)
+    extra: dict[str, Any] = {"rows_per_message": 256, "clock": "CPU time of one thread"}
+    for name, case in cases.items():
+        extra[f"{name}columns"] = case.columns
+        if name:
+            extra |= {f"{name}rows_per_s": case.rate, f"{name}ratio": case.rate / case.base_rate}
+    baseline = "JSON per event, pydantic, then the same tensors"
+    return [Row("examples.decode", cases[""].rate, "rows/s", baseline, cases[""].base_rate, extra=extra)]
 
 
-def _decode(num_rows: int, repeats: int) -> Row:
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """Rows per CPU second of both sides."""
+
+    columns: int
+    rate: float
+    base_rate: float
+
+
+def _decode(rows: int, repeats: int, batch_rows: int, *, sequence: bool) -> _Case:
+    """Messages always hold the sequence; without `sequence` both sides leave its columns out of their fields."""
     schema = das_events.schema(sequence=True)
-    codec, encoder = MessageCodec(schema), FeatureEncoder(schema)
-    joined = [
+    names = [f.name for f in schema.features if sequence or not isinstance(f, SequenceFeature)]
+    codec, encoder = MessageCodec(schema), FeatureEncoder(schema, names)
+    num_rows = max(1, rows // batch_rows) * batch_rows
+    starts = range(0, num_rows, batch_rows)
+    messages = [
         {**message, "labels": {"click": n % 5 == 0, "buy": None if n % 2 else n % 3 == 0}}
         for n, message in enumerate(das_events.impressions(num_rows, sequence=True))
     ]
-    texts = [json.dumps(message).encode() for message in joined]
-    groups = [joined[i : i + BATCH_ROWS] for i in range(0, num_rows, BATCH_ROWS)]
-    values = [encode_examples([_row(codec, message) for message in group], schema) for group in groups]
-    model = _model(schema)
+    texts = [json.dumps(message).encode() for message in messages]
+    joined = [_row(codec, message) for message in messages]
+    values = [encode_examples(joined[i : i + batch_rows], schema) for i in starts]
+    narrow = MessageCodec(das_events.schema(sequence=sequence))
+    model = _model(narrow.schema)
     ours_s, base_s = [], []
     for _ in range(repeats):
         began_s = time.process_time()
@@ -53,21 +79,10 @@ def _decode(num_rows: int, repeats: int) -> Row:
             batches = [encoder.encode(decode_examples(value, schema, encoder.columns)) for value in values]
         ours_s.append((time.process_time() - began_s) / PASSES)
         began_s = time.process_time()
-        baseline = [
-            _from_json(model, texts[i : i + BATCH_ROWS], codec, encoder) for i in range(0, num_rows, BATCH_ROWS)
-        ]
+        baseline = [_from_json(model, texts[i : i + batch_rows], narrow, encoder) for i in starts]
         base_s.append(time.process_time() - began_s)
     _same(batches, baseline)
-    extra = {
-        "columns": len(encoder.columns),
-        "rows_per_message": BATCH_ROWS,
-        "message_bytes_per_row": sum(map(len, values)) / num_rows,
-        "json_bytes_per_row": sum(map(len, texts)) / num_rows,
-        "clock": "CPU time of one thread",
-    }
-    name = "JSON per event, pydantic, then the same tensors"
-    rates = [num_rows / statistics.median(seconds) for seconds in (ours_s, base_s)]
-    return Row("examples.decode", rates[0], "rows/s", name, rates[1], extra=extra)
+    return _Case(len(encoder.columns), *(num_rows / statistics.median(seconds) for seconds in (ours_s, base_s)))
 
 
 def _row(codec: MessageCodec, message: dict[str, Any]) -> JoinedRow:

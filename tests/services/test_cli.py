@@ -25,6 +25,7 @@ COMMANDS = {
     "check": {"--settings", "-s"},
     "topics create": {"--settings", "-s"},
     "topics describe": {"--settings", "-s"},
+    "bench das": {"--json", "--events", "--kafka", "--redis", "--repeats"},
     "bench demo": {"--json", "--out", "--device", "--rows", "--pace", "--paced-rows"},
 }
 
