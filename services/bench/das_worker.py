@@ -53,9 +53,9 @@ class Timeline(NullTelemetry):
         if name != "exfm_joiner_pending":
             return
         point = (time.time(), time.process_time(), self._total)
+        self._idle = self._idle and not self._total and not value
         if self._idle:
             self.points.clear()
-        self._idle = self._idle and not self._total and not value
         if not self.points or self._total > self.points[-1][2]:
             self.points.append(point)
 
