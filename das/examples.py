@@ -147,11 +147,12 @@ def decode_examples(value: bytes | None, schema: FeatureSchema, columns: Sequenc
         with pa.ipc.open_stream(value, options=options) as reader:
             batch = reader.read_next_batch()
         batch.validate(full=True)
-        arrays = batch.columns
-        picked = pa.RecordBatch.from_arrays([arrays[place] for place in order], schema=wanted.arrow)
+        found = batch.columns  # a new list of new objects at each access
+        columns_found = [found[place] for place in order]
+        picked = pa.RecordBatch.from_arrays(columns_found, schema=wanted.arrow)
     except (pa.ArrowException, ValueError, LookupError, OSError, MemoryError, OverflowError) as error:
         raise Poison("arrow", str(error)[:MAX_DETAIL_CHARS]) from None
-    for column, check in zip(picked.columns, wanted.checks, strict=True):
+    for column, check in zip(columns_found, wanted.checks, strict=True):
         check(column)
     for members, max_length in wanted.sequences:
         _check_lengths(picked, members, max_length)

@@ -7,7 +7,7 @@ one MGET. Blocks and watermarks expire; the writer epoch, one small key per part
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, cast
@@ -113,6 +113,10 @@ class LogitStore:
         """The key of one block."""
         return f"exfm:{{{self.topic}:{partition}}}:logits:{self.teacher}:{offset}"
 
+    def _block_keys(self, partition: int, offsets: Iterable[int]) -> list[str]:
+        prefix = self.block_key(partition, 0)[:-1]
+        return [f"{prefix}{offset}" for offset in offsets]
+
     def watermark_key(self, partition: int) -> str:
         """The key of the watermark."""
         return f"exfm:{{{self.topic}:{partition}}}:watermark:{self.teacher}"
@@ -136,7 +140,7 @@ class LogitStore:
         """
         epoch = self._epochs.get(partition, 0)
         keys = [self.watermark_key(partition), self.epoch_key(partition)]
-        keys += [self.block_key(partition, offset) for offset in blocks]
+        keys += self._block_keys(partition, blocks)
         with errors_named(self.address):
             reply = cast(list, self._put(keys=keys, args=[watermark, self._ttl_ms, epoch, *blocks.values()]))
         if reply[0] == -1:
@@ -155,15 +159,24 @@ class LogitStore:
 
     def fetch_many(self, offsets: Mapping[int, Sequence[int]]) -> dict[int, Fetched]:
         """`fetch` for several partitions, in one round trip; each partition is a consistent view of its own."""
-        with errors_named(self.address), self._client.pipeline(transaction=False) as pipeline:
-            for partition, wanted in offsets.items():
-                keys = [self.watermark_key(partition), *(self.block_key(partition, o) for o in wanted)]
-                pipeline.execute_command("MGET", *keys)
-            replies = cast(list[list[bytes | None]], pipeline.execute())
+        commands = [
+            ("MGET", self.watermark_key(partition), *self._block_keys(partition, wanted))
+            for partition, wanted in offsets.items()
+        ]
+        with errors_named(self.address):
+            replies = self._execute(commands)
         return {
             partition: Fetched(_watermark(reply[0]), reply[1:])
             for partition, reply in zip(offsets, replies, strict=True)
         }
+
+    def _execute(self, commands: list[tuple[str, ...]]) -> list[list[bytes | None]]:
+        if len(commands) == 1:  # a pipeline of one would take half as long again
+            return [cast(list, self._client.execute_command(*commands[0]))]
+        with self._client.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            return cast(list, pipeline.execute())
 
     def watermark(self, partition: int) -> int:
         """The next offset to be scored; 0 when nothing was."""

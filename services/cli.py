@@ -234,6 +234,22 @@ def bench_kernels(
     from services.bench.kernels import run
 
     run(op, shape, json_file, compiled=compiled, seconds=seconds)
+@bench.command("das")
+def bench_das(
+    json_file: Annotated[Path, typer.Option("--json", help="File to write the result rows to.")],
+    events: Annotated[
+        int, typer.Option(min=1000, help="Events whose memory is measured; sizes the rest.")
+    ] = 10_000_000,
+    kafka: Annotated[str | None, typer.Option(help="host:port of a broker; default: an embedded one.")] = None,
+    redis: Annotated[
+        str | None, typer.Option(help="URL of an empty Redis database, emptied again; default: an embedded one.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each measurement; the median counts.")] = 3,
+) -> None:
+    """Speed and memory of the logit store, speed of examples and joiner."""
+    from services.bench.das import run
+
+    run(json_file, events=events, kafka=kafka, redis=redis, repeats=repeats)
 
 
 def _given(**options: Any) -> dict[str, Any]:

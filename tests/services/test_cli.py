@@ -30,6 +30,7 @@ COMMANDS = {
     "bench kernels": {"--json", "--op", "--shape", "--compiled", "--seconds"},
     "quarantine list": {"--settings", "-s", "--limit", "--reason", "--json"},
     "quarantine replay": {"--settings", "-s", "--reason", "--dry-run"},
+    "bench das": {"--json", "--events", "--kafka", "--redis", "--repeats"},
     "bench demo": {"--json", "--out", "--device", "--rows", "--pace", "--paced-rows"},
 }
 

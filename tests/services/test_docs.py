@@ -136,7 +136,7 @@ def test_the_settings_keys_that_the_docs_mention_exist() -> None:
 
     sections: dict[str, Any] = {name: field.annotation for name, field in Settings.model_fields.items()}
     sections |= {"teacher": TeacherConfig, "lookup": StudentConfig.model_fields["lookup"].annotation}
-    for page in PAGES.values():
+    for page in (text for name, text in PAGES.items() if name != "benchmarks.md"):  # its names are of rows
         for section, key in re.findall(r"`(\w+)\.(\w+)`", page):
             model = sections.get(section)
             model = next((m for m in getattr(model, "__args__", ()) if hasattr(m, "model_fields")), model)
