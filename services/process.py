@@ -29,6 +29,7 @@ from services.settings import Settings, load
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+EXIT_FATAL = 3
 EXIT_ABORTED = 130
 
 
@@ -147,10 +148,12 @@ def _guarded(context: Context, work: Callable[[Context], None]) -> int:
         return _refuse(error)
     except Retryable as error:
         log.error("gave up on a dependency; restart me", error=str(error))
+        _say(error)
         return EXIT_FAILED
     except Fatal as error:
         log.error("cannot go on without losing or corrupting data", error=str(error), exc_info=True)
-        return EXIT_FAILED
+        _say(error)
+        return EXIT_FATAL
     except Exception:
         log.exception("crashed")
         return EXIT_FAILED
@@ -159,5 +162,9 @@ def _guarded(context: Context, work: Callable[[Context], None]) -> int:
 
 
 def _refuse(error: ConfigError) -> int:
-    sys.stderr.write(f"error: {logs.redact(str(error))}\n")
+    _say(error)
     return EXIT_CONFIG
+
+
+def _say(error: Exception) -> None:
+    sys.stderr.write(f"error: {logs.redact(str(error))}\n")

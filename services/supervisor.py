@@ -7,6 +7,7 @@ that exits, signals and timers feed; it never polls.
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -24,7 +25,7 @@ from das.deadline import Deadline
 from das.errors import ConfigError, Fatal
 from das.telemetry import Telemetry
 from services.logs import get_logger
-from services.process import EXIT_CONFIG
+from services.process import EXIT_CONFIG, EXIT_FATAL
 from services.servers import Servers
 from services.settings import Settings, SupervisorConfig
 
@@ -45,6 +46,8 @@ class Child:
     state: State = "waiting"
     process: subprocess.Popen[bytes] | None = None
     exit_code: int | None = None
+    log_from: int = 0
+    """Where in its log the newest start begins."""
     restarts: int = 0
     retry_at_s: float = 0.0
     crashes: deque[float] = field(default_factory=deque)
@@ -174,6 +177,7 @@ class Supervisor:
         log_path = self.log_path(child.name)
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
+            child.log_from = log.tell()
             process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, start_new_session=True
             )
@@ -202,7 +206,7 @@ class Supervisor:
         while child.crashes and child.crashes[0] < now_s - self._config.window_s:
             child.crashes.popleft()
         number = len(child.crashes)
-        if code == EXIT_CONFIG or number > self._config.max_restarts:
+        if code in (EXIT_CONFIG, EXIT_FATAL) or number > self._config.max_restarts:
             child.state = "failed"
             self._problem = self._give_up(child, code, number)
             self._tell(self._problem, child=child.name)
@@ -210,14 +214,18 @@ class Supervisor:
         delay_s = min(self._config.backoff_max_s, self._config.backoff_initial_s * 2 ** (number - 1))
         child.state, child.retry_at_s, child.restarts = "backoff", now_s + delay_s, child.restarts + 1
         self._telemetry.count("exfm_process_restarts_total", process=child.name)
-        self._tell(f"{child.name} crashed ({_exit_text(code)}); restart {number} in {delay_s:.1f} s", child=child.name)
+        why = _cause(self.log_path(child.name), child.log_from) if code > 0 else ""
+        said = f"{_exit_text(code)}): {why}" if why else f"{_exit_text(code)})"
+        self._tell(f"{child.name} crashed ({said}; restart {number} in {delay_s:.1f} s", child=child.name)
 
     def _give_up(self, child: Child, code: int, crashes: int) -> str:
-        words = _last_words(self.log_path(child.name), after="error: " if code == EXIT_CONFIG else None)
+        log_path = self.log_path(child.name)
         if code == EXIT_CONFIG:
             self._refused = True
-            return f"{child.name}: configuration refused: {words}"
-        return f"{child.name}: gave up after {crashes} crashes ({_exit_text(code)}); {words}"
+            return f"{child.name}: configuration refused: {_last_words(log_path, after='error: ')}"
+        why = _cause(log_path, child.log_from) if code > 0 else ""
+        ending = "cannot go on" if code == EXIT_FATAL else f"gave up after {crashes} crashes"
+        return f"{child.name}: {ending} ({_exit_text(code)}): {why + '; ' if why else ''}see {log_path}"
 
     def _drain(self) -> None:
         """Stop stage by stage, source first, so that what was read is finished before its sink goes away."""
@@ -259,6 +267,27 @@ class Supervisor:
 
 def _exit_text(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
+
+
+def _cause(path: Path, begin: int, limit: int = 600) -> str:
+    """The last error in a log after the byte `begin`, in one line; empty if there is none."""
+    try:
+        with path.open("rb") as log:
+            log.seek(max(begin, path.stat().st_size - (256 << 10)))
+            lines = log.read().decode("utf-8", "replace").strip().splitlines()
+    except OSError:
+        return ""
+    plain = ""
+    for line in reversed(lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            plain = plain or line.strip().removeprefix("error: ")
+            continue
+        if isinstance(entry, dict) and entry.get("level") in ("error", "critical"):
+            text = str(entry.get("error") or str(entry.get("exception", "")).strip().rpartition("\n")[2])
+            return " ".join((text or str(entry.get("event", ""))).split())[:limit]
+    return plain[:limit]
 
 
 def _last_words(path: Path, *, after: str | None = None, limit: int = 600) -> str:

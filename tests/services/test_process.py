@@ -148,7 +148,7 @@ def test_second_signal_aborts_a_deaf_process_at_once(start: Start, settings_file
     ("body", "code", "event"),
     [
         ("    raise ConfigError('teacher.depth: set 1 or more')", 2, "configuration refused"),
-        ("    raise Fatal('two writers')", 1, "cannot go on without losing or corrupting data"),
+        ("    raise Fatal('two writers')", 3, "cannot go on without losing or corrupting data"),
         ("    raise Retryable('broker a:1 is away')", 1, "gave up on a dependency; restart me"),
         ("    raise KeyError('a bug')", 1, "crashed"),
     ],

@@ -102,7 +102,7 @@ def small(tmp_path: Path) -> Iterator[Up]:
 @pytest.mark.faults
 def test_a_lost_broker_log_ends_the_pipeline_and_says_why(small: Up) -> None:
     os.kill(next(p["pid"] for p in small.status()["processes"] if p["name"] == "broker"), signal.SIGKILL)
-    assert small.finish(60) == 1
+    assert small.finish(60) == 3
     assert "the stream is lost" in small.stdout
 
 
