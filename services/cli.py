@@ -234,6 +234,8 @@ def bench_kernels(
     from services.bench.kernels import run
 
     run(op, shape, json_file, compiled=compiled, seconds=seconds)
+
+
 @bench.command("das")
 def bench_das(
     json_file: Annotated[Path, typer.Option("--json", help="File to write the result rows to.")],
