@@ -29,7 +29,7 @@ SettingsFile = Annotated[
 
 def main() -> None:
     """Entry point of the console script."""
-    from das.errors import ConfigError, ExfmError
+    from das.errors import ConfigError, ExfmError, Fatal
 
     try:
         app()
@@ -37,7 +37,7 @@ def main() -> None:
         from services.logs import redact
 
         sys.stderr.write(f"error: {redact(str(error))}\n")
-        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+        raise SystemExit(2 if isinstance(error, ConfigError) else 3 if isinstance(error, Fatal) else 1) from None
 
 
 def _version(show: bool) -> None:
