@@ -78,10 +78,24 @@ def test_a_missing_settings_file_is_a_message_and_exit_2(command: list[str], tmp
     assert "Traceback" not in run.stderr
 
 
+def test_check_reads_the_mapping_and_the_table(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[2] / "services" / "demo" / "kuairand"
+    mapping = (folder / "dataset.yaml").read_text(encoding="utf-8")
+    (tmp_path / "dataset.yaml").write_text(
+        mapping.replace("events.parquet", str(folder / "events.parquet")).replace("column: ts", "column: absent_column")
+    )
+    settings = (folder / "demo.yaml").read_text(encoding="utf-8")
+    (tmp_path / "demo.yaml").write_text(settings.replace("schema.yaml", str(folder / "schema.yaml")))
+    refused = exfm("check", "--settings", str(tmp_path / "demo.yaml"))
+    assert refused.returncode == 2
+    assert "absent_column" in refused.stderr
+
+
 def test_check_accepts_the_demo_and_names_a_misspelt_student_key(tmp_path: Path) -> None:
     demo = Path(__file__).parents[2] / "services" / "demo" / "kuairand" / "demo.yaml"
     good = exfm("check", "--settings", str(demo))
     assert good.returncode == 0, good.stderr
+    assert good.stdout.splitlines()[-1] == "ok: teacher, 6 students, events.parquet with 222,444 rows"
     bad = tmp_path / "bad.yaml"
     text = demo.read_text(encoding="utf-8").replace("objectives: [click, long_view]", "objective: [click]", 1)
     bad.write_text(
