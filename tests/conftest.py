@@ -6,6 +6,7 @@ Set EXFM_TEST_KAFKA (host:port) or EXFM_TEST_REDIS (redis://...) to run against 
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 
@@ -16,6 +17,9 @@ from services.embedded import start_broker, start_redis
 
 # Before anything imports torch: a result to the bit needs the number of threads that the processes use, which is one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anything imports Triton: without a GPU its kernels run in the interpreter.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

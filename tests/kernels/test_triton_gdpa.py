@@ -16,7 +16,7 @@ from kernels.gdpa.tiles import Problem, Tiles, backward_tiles, forward_tiles
 poison = pytest.fixture(autouse=True)(poisoned)
 
 HEADS = 3
-OTHER_LENGTHS = [5, 0, 33, 1, 9, 17, 2]
+OTHER_LENGTHS = [5, 0, 33, 1, 9, 17, 2, 0, 3]
 OPTIONS = {"inner_scale": 0.4, "outer_scale": 1.3}
 
 
