@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import LENGTHS, offsets_of
 from torch import Tensor
-from triton_cases import BOUNDS, DEVICE, LOW, check, poisoned
+from triton_cases import BOUNDS, DEVICE, FLOAT64_PRODUCTS, LOW, check, poisoned
 
 from kernels.gdpa import ACTIVATIONS
 from kernels.gdpa.launch import backward, forward, gdpa_triton
@@ -128,7 +128,7 @@ def test_two_runs_agree_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 has no matrix instruction in Triton")
+@pytest.mark.skipif(not FLOAT64_PRODUCTS, reason="float64 products: not on a GPU, nor before Triton 3.8")
 @pytest.mark.parametrize("kv", [2, [2, 0, 1]], ids=["dense", "self"])
 def test_gradients_by_finite_differences(kv: int | list[int]) -> None:
     every = inputs([2, 0, 1], kv, width=2, dtype=torch.float64)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Needed by finite differences alone. Earlier versions assert that a product's accumulator is float32.
+TRITON_VERSION = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+FLOAT64_PRODUCTS = DEVICE.type == "cpu" and TRITON_VERSION >= (3, 8)
 # The interpreter computes with numpy, which has no bfloat16.
 LOW = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
 BOUNDS = {
