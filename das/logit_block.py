@@ -7,7 +7,7 @@ Layout, little-endian: a 60-byte header, then rows x objectives logits in row-ma
 | magic | 4 bytes | `XFLB` |
 | format | u8 | 1 |
 | dtype | u8 | 0 float16, 1 float32 |
-| objectives | u16 | columns, in the order of `FeatureSchema.objective_names` |
+| heads | u16 | columns, in the order of `FeatureSchema.heads`: the objectives, without Zipper |
 | rows | u32 | rows of the message |
 | teacher_version | u64 | snapshot version of the weights that scored |
 | trained_offset | i64 | those weights had trained on offsets below it, of this partition |

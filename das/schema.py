@@ -15,6 +15,7 @@ import xxhash
 from pydantic import Field, field_validator, model_validator
 
 from das.config import Config, load_config
+from das.zipper import Head, ZipperConfig, heads
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 RESERVED = frozenset({"impression_id", "event_time", "ingest_time", "domain", "window", "features"})
@@ -117,6 +118,8 @@ class FeatureSchema(Config):
     domains: tuple[str, ...] = Field(min_length=1)
     objectives: tuple[Objective, ...] = Field(min_length=1)
     features: tuple[Feature, ...] = Field(min_length=1)
+    zipper: ZipperConfig | None = None
+    """Several attribution windows in one stream; None: every impression waits for the longest window."""
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureSchema:
@@ -137,6 +140,11 @@ class FeatureSchema(Config):
             unknown = set(objective.domains or ()) - set(self.domains)
             if unknown:
                 raise ValueError(f"objective '{objective.name}' names unknown domains {sorted(unknown)}; add them")
+        if self.zipper and self.zipper.windows[-1].window_ms != self.max_window_ms:
+            raise ValueError(
+                f"zipper's longest window is {self.zipper.windows[-1].window_s:g} s, the objectives' longest is "
+                f"{self.max_window_ms / 1000:g} s; make them equal, so that some impressions see the full window"
+            )
         dtypes: dict[str, str] = {}
         for feature in self.categorical:
             self._one_dtype(dtypes, feature)
@@ -168,12 +176,30 @@ class FeatureSchema(Config):
 
     @property
     def objective_names(self) -> tuple[str, ...]:
-        """Objectives in file order, which is also the order of a logit block's columns."""
+        """Objectives in file order."""
         return tuple(o.name for o in self.objectives)
 
     @property
+    def heads(self) -> tuple[Head, ...]:
+        """The models' outputs, which is also the order of a logit block's columns: the objectives without Zipper."""
+        return heads(tuple((o.name, o.window_ms) for o in self.objectives), self.zipper)
+
+    @property
+    def windows_ms(self) -> tuple[int, ...]:
+        """How long an impression of each window waits; without Zipper the one, longest."""
+        return tuple(w.window_ms for w in self.zipper.windows) if self.zipper else (self.max_window_ms,)
+
+    def head_table(self) -> tuple[tuple[int, ...], ...]:
+        """[objective][window] -> the index in `heads` that a row of this window trains."""
+        index = {(h.objective, h.window_ms): i for i, h in enumerate(self.heads)}
+        return tuple(
+            tuple(index[k, min(window_ms, o.window_ms)] for window_ms in self.windows_ms)
+            for k, o in enumerate(self.objectives)
+        )
+
+    @property
     def max_window_ms(self) -> int:
-        """The longest attribution window: an example is released this long after its impression."""
+        """The longest attribution window: no example is released later than this after its impression."""
         return max(o.window_ms for o in self.objectives)
 
     def project(self, names: tuple[str, ...] | None) -> tuple[Feature, ...]:
@@ -191,5 +217,6 @@ class FeatureSchema(Config):
     @property
     def fingerprint(self) -> int:
         """Unsigned 64-bit hash of the whole schema; carried by messages, blocks and snapshots."""
-        text = msgspec.json.encode(self.model_dump(mode="json"), order="sorted")
+        unset = {"zipper"} if self.zipper is None else set()  # so a schema without one keeps the hash it always had
+        text = msgspec.json.encode(self.model_dump(mode="json", exclude=unset), order="sorted")
         return xxhash.xxh64_intdigest(text)
