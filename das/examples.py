@@ -219,6 +219,8 @@ def _check(field: pa.Field, schema: FeatureSchema) -> Callable[[pa.Array], None]
         return lambda column: _check_times(name, column)
     if name in schema.objective_names:
         return lambda column: _check_labels(name, column)
+    if name == "window":
+        return lambda column: _check_windows(column, len(schema.windows_ms))
     return (lambda column: None) if field.nullable else (lambda column: _no_nulls(name, column))
 
 
@@ -257,6 +259,12 @@ def _check_times(name: str, column: pa.Array) -> None:
     times = column.view(pa.int64()).to_numpy()
     if len(times) and (times.min() < 0 or times.max() > MAX_TIME_MS):
         raise Poison("arrow", f"{name} has times outside 0 to {MAX_TIME_MS} ms")
+
+
+def _check_windows(column: pa.Array, count: int) -> None:
+    _no_nulls("window", column)
+    if not set(range(count)).issuperset(column.unique().to_pylist()):
+        raise Poison("arrow", f"window has values outside 0 to {count - 1}; the schema has {count} windows")
 
 
 def _check_labels(name: str, column: pa.Array) -> None:

@@ -81,7 +81,7 @@ class LogitLookup:
         self._stop = stop or threading.Event()
         self._clock = clock
         self._fingerprint = schema.fingerprint
-        self._num_objectives = len(schema.objectives)
+        self._num_heads = len(schema.heads)
         self._partitions: dict[int, _Partition] = {}
         self._away = False
         self._next_try_s = 0.0
@@ -168,8 +168,8 @@ class LogitLookup:
         except BlockError as error:
             call.missed[index] = error.reason
             return
-        rows, objectives = block.logits.shape
-        if block.schema_fingerprint != self._fingerprint or objectives != self._num_objectives:
+        rows, heads = block.logits.shape
+        if block.schema_fingerprint != self._fingerprint or heads != self._num_heads:
             call.missed[index] = "schema"
         elif rows != message.batch.num_rows:
             call.missed[index] = "rows"

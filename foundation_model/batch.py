@@ -1,7 +1,7 @@
 """The model's input: one batch of encoded rows as tensors.
 
 Shape legend: B rows, C categorical features, N numeric columns, T past events of all rows together,
-F fields of one sequence, K objectives.
+F fields of one sequence, K heads (without Zipper: objectives).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Batch:
 
     cat_BC: int64 ids in the encoder's shared id space. num_BN: float32, transformed; a missing number is 0, and the
     last columns are 0/1 indicators, one per nullable feature. labels_BK: float32 0/1, 0 where the bool label_mask_BK
-    is False (not observed or not applicable). domain_B: int64 index into the schema's domains.
+    is False (not observed, not applicable, or another window's head). domain_B: int64 index into the schema's domains.
     The times are numpy int64 milliseconds since the epoch and stay on the host.
     """
 

@@ -1,7 +1,7 @@
 """Rows of the examples stream as model input: ids hashed into tables, numbers on unit scale, sequences jagged.
 
 Shape legend: B rows, C categorical features, N numeric columns, T past events of all rows together,
-F fields of one sequence, K objectives.
+F fields of one sequence, K heads, W windows.
 
 All tables of one encoder share a single id space: table i owns the ids [offset_i, offset_i + size_i), so every
 lookup of a row is one gather from one matrix. Inside a table, local id 0 means "missing" and a value `v` has
@@ -23,6 +23,7 @@ from pydantic import Field
 from das.config import Config
 from das.errors import ConfigError, Poison
 from das.schema import FeatureSchema, NumericFeature, SequenceFeature
+from das.zipper import Head
 from foundation_model.batch import Batch, JaggedSequence
 
 NUMERIC_LIMIT = 1e6
@@ -70,6 +71,13 @@ class InputSpec:
     sequences: tuple[SequenceSpec, ...]
     domains: tuple[str, ...]
     objectives: tuple[str, ...]
+    heads: tuple[Head, ...]
+    """A model's outputs in order; without Zipper one per objective. `Head.objective` indexes `objectives`."""
+
+    @property
+    def served(self) -> list[int]:
+        """The served heads, one per objective in order: indices into `heads`."""
+        return [k for k, head in enumerate(self.heads) if head.served]
 
 
 class FeatureEncoder:
@@ -90,10 +98,7 @@ class FeatureEncoder:
             chosen = {f.name for f in schema.project(None if features is None else tuple(features))}
         except ValueError as error:
             raise ConfigError(f"features: {error}") from None
-        names = schema.objective_names if objectives is None else tuple(objectives)
-        if unknown := set(names) - set(schema.objective_names):
-            known = ", ".join(schema.objective_names)
-            raise ConfigError(f"objectives: schema '{schema.name}' has no {sorted(unknown)}; known: {known}")
+        own = _of_objectives(schema, schema.objective_names if objectives is None else objectives)
         self.schema = schema
         self._categorical = tuple(f for f in schema.categorical if f.name in chosen)
         self._numeric = tuple(f for f in schema.numeric if f.name in chosen)
@@ -113,8 +118,11 @@ class FeatureEncoder:
                 SequenceSpec(s.name, s.event, tuple(f.name for f in s.fields), s.max_length) for s in self._sequences
             ),
             domains=schema.domains,
-            objectives=names,
+            objectives=own.objective_names,
+            heads=own.heads,
         )
+        self._trained_KW = _trained_heads(own)
+        self._reads_window = not self._trained_KW.all()
 
     def _layout(self, tables: TablesConfig) -> TableLayout:
         known = {f.table_name for f in self.schema.categorical}
@@ -134,7 +142,8 @@ class FeatureEncoder:
         """The columns of the examples that `encode` reads."""
         sequences = [s.column(f) for s in self._sequences for f in [*(f.name for f in s.fields), "time"]]
         features = [*(f.name for f in self._categorical), *(f.name for f in self._numeric), *sequences]
-        return ("event_time", "ingest_time", "domain", *features, *self.spec.objectives)
+        window = ("window",) if self._reads_window else ()
+        return ("event_time", "ingest_time", "domain", *window, *features, *self.spec.objectives)
 
     def encode(self, batch: pa.RecordBatch, rows: np.ndarray | slice | None = None) -> Batch:
         """Encode all rows, a slice, or the rows whose indices (or boolean mask) are given, in that order.
@@ -200,14 +209,16 @@ class FeatureEncoder:
         return JaggedSequence(torch.from_numpy(ids_TF), torch.from_numpy(offsets), torch.from_numpy(age_s_T))
 
     def _labels(self, columns: dict[str, Any], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-        labels_BK = np.zeros((num_rows, len(self.spec.objectives)), np.float32)
+        """A row's label of an objective stands at the head of the row's window; its other heads are masked."""
+        labels_BK = np.zeros((num_rows, len(self.spec.heads)), np.float32)
         mask_BK = np.ones(labels_BK.shape, bool)
-        for k, name in enumerate(self.spec.objectives):
-            column = columns[name]
-            labels_BK[:, k] = _fixed(column, np.int8)
+        if self._reads_window:
+            mask_BK[:] = self._trained_KW.T[_fixed(columns["window"], np.int8)]
+        for k, head in enumerate(self.spec.heads):
+            column = columns[self.spec.objectives[head.objective]]
             if column.null_count:
-                mask_BK[:, k] = _validity(column)
-                labels_BK[~mask_BK[:, k], k] = 0.0
+                mask_BK[:, k] &= _validity(column)
+            labels_BK[:, k] = _fixed(column, np.int8) * mask_BK[:, k]
         return labels_BK, mask_BK
 
     def _domain(self, column: Any) -> np.ndarray:
@@ -219,6 +230,20 @@ class FeatureEncoder:
             unknown = sorted(str(n) for n in names if n not in known)
             raise Poison("domain", f"not in the schema: {unknown[:3]}; known: {', '.join(self.schema.domains)}")
         return domain_B
+
+
+def _of_objectives(schema: FeatureSchema, names: Sequence[str]) -> FeatureSchema:
+    """The schema with these objectives alone, in this order."""
+    known = {o.name: o for o in schema.objectives}
+    if unknown := set(names) - set(known):
+        raise ConfigError(f"objectives: schema '{schema.name}' has no {sorted(unknown)}; known: {', '.join(known)}")
+    return schema.model_copy(update={"objectives": tuple(known[name] for name in names)})
+
+
+def _trained_heads(schema: FeatureSchema) -> np.ndarray:
+    """Which heads the rows of each window train: bool (K, W)."""
+    table = schema.head_table()
+    return np.array([np.array(table[head.objective]) == k for k, head in enumerate(schema.heads)])
 
 
 class _Tables:

@@ -1,6 +1,6 @@
-"""Heads: one MLP per objective, untied per domain.
+"""Heads: one MLP per objective (with Zipper, per objective and window), untied per domain.
 
-Shape letters: B rows, I flattened inputs, J hidden width, D domains, K objectives.
+Shape letters: B rows, I flattened inputs, J hidden width, D domains, K heads.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ DomainHead = Literal["none", "bias", "adapter"]
 class ObjectiveHeads(nn.Module):
     """Logits (B, K) from flattened tokens.
 
-    `domain_head`: "none"; "bias", an offset per (domain, objective); "adapter", also a change to the last layer's
-    weights per (domain, objective). Both start at zero, so that all domains start as one (ours).
+    `domain_head`: "none"; "bias", an offset per (domain, head); "adapter", also a change to the last layer's
+    weights per (domain, head). Both start at zero, so that all domains start as one (ours).
     """
 
     def __init__(
-        self, num_inputs: int, hidden: tuple[int, ...], num_objectives: int, num_domains: int, domain_head: DomainHead
+        self, num_inputs: int, hidden: tuple[int, ...], num_heads: int, num_domains: int, domain_head: DomainHead
     ) -> None:
         super().__init__()
-        self.trunks = nn.ModuleList(nn.Sequential(mlp([num_inputs, *hidden]), nn.SiLU()) for _ in range(num_objectives))
-        self.out = nn.ModuleList(nn.Linear(hidden[-1], 1) for _ in range(num_objectives))
+        self.trunks = nn.ModuleList(nn.Sequential(mlp([num_inputs, *hidden]), nn.SiLU()) for _ in range(num_heads))
+        self.out = nn.ModuleList(nn.Linear(hidden[-1], 1) for _ in range(num_heads))
         self.bias_DK: nn.Parameter | None = None
         self.adapter_DKJ: nn.Parameter | None = None
         if domain_head != "none":
-            self.bias_DK = nn.Parameter(torch.zeros(num_domains, num_objectives))
+            self.bias_DK = nn.Parameter(torch.zeros(num_domains, num_heads))
         if domain_head == "adapter":
-            self.adapter_DKJ = nn.Parameter(torch.zeros(num_domains, num_objectives, hidden[-1]))
+            self.adapter_DKJ = nn.Parameter(torch.zeros(num_domains, num_heads, hidden[-1]))
 
     def forward(self, flat_BI: Tensor, domain_B: Tensor) -> Tensor:
         """(B, K) float32."""

@@ -1,7 +1,7 @@
 """Kunlun, the teacher (arXiv 2602.10016): context tokens and past events, each informing the other in every layer.
 
 Shape letters: B rows, C categorical features, T past events of all rows, N context tokens, M summary tokens,
-D model width, W tower width, K objectives.
+D model width, W tower width, K heads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHARED = "shared"
 
 
 class Kunlun(nn.Module):
-    """Logits (B, K) float32 of a Batch, K in the schema's objective order.
+    """Logits (B, K) float32 of a Batch, K in the order of `FeatureSchema.heads`.
 
     Layer l reads the context tokens X and each tower's events S:
     `X_sum = WeightGen(X)`; `H_sum` = pooled S, fresh or cached; `X' = Experts([X_sum ; H_sum])`;
@@ -69,7 +69,7 @@ class Kunlun(nn.Module):
         self.heads = ObjectiveHeads(
             (num_out + num_history) * config.width,
             config.head_hidden,
-            len(spec.objectives),
+            len(spec.heads),
             len(spec.domains),
             config.domain_head,
         )

@@ -1,6 +1,6 @@
 """The teacher's training: one forward scores a batch, and the same forward is then learned from. No IO.
 
-Shape legend: B rows, K objectives.
+Shape legend: B rows, K heads: one per objective and, with Zipper, window.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class TeacherTrainer:
         self.rows = 0
         self.trained_through_ms = 0
         self._telemetry = telemetry or NullTelemetry()
-        weights = [config.objective_weights.get(name, 1.0) for name in schema.objective_names]
+        own = [config.objective_weights.get(name, 1.0) for name in schema.objective_names]
+        heads = self.encoder.spec.heads
+        weights = [own[h.objective] * w for h, w in zip(heads, config.label_weights(heads), strict=True)]
         self._weights_K = torch.tensor(weights, dtype=torch.float32, device=self.device)
 
     def score(self, batch: Batch) -> Tensor:
@@ -101,9 +103,13 @@ class TeacherTrainer:
         return logits_BK
 
     def evaluate(self, logits_BK: np.ndarray, batch: Batch) -> None:
-        """Count the predictions of a batch on the host that was not trained on; a NaN counts as logit 0."""
-        finite_BK = np.nan_to_num(logits_BK, nan=0.0, posinf=LOGIT_LIMIT, neginf=-LOGIT_LIMIT)
-        labels = batch.labels_BK.numpy(), batch.label_mask_BK.numpy()
+        """Count the predictions of a batch on the host that was not trained on; a NaN counts as logit 0.
+
+        Served heads only: of a row that did not wait for an objective's full window, they have no label.
+        """
+        served = self.encoder.spec.served
+        finite_BK = np.nan_to_num(logits_BK[:, served], nan=0.0, posinf=LOGIT_LIMIT, neginf=-LOGIT_LIMIT)
+        labels = batch.labels_BK[:, served].numpy(), batch.label_mask_BK[:, served].numpy()
         self.metrics.update(finite_BK, *labels, batch.domain_B.numpy(), batch.event_time_ms_B)
 
     def step(self, logits_BK: Tensor, batch: Batch) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import AwareDatetime, Field
 
 from das.config import Config
 from das.errors import ConfigError
+from das.zipper import Head
 from foundation_model.features import TablesConfig
 
 
@@ -22,6 +24,14 @@ class TrainingConfig(Config):
     tables: TablesConfig = TablesConfig()
     eval_from: AwareDatetime | None = None
     """Progressive metrics cover rows from this event time on: ISO 8601 with its zone, or milliseconds."""
+
+    oracle_weighting: bool = True
+    """Zipper: a label counts 1 / share at the served head, so that each objective's served head learns as if every
+    impression had waited for the full window; false: 1, as at the other heads."""
+
+    def label_weights(self, heads: Sequence[Head]) -> list[float]:
+        """How much a label counts at each head, before weights of the objectives; 1 everywhere without Zipper."""
+        return [1 / head.share if head.served and self.oracle_weighting else 1.0 for head in heads]
 
     @property
     def eval_from_ms(self) -> int | None:

@@ -31,14 +31,14 @@ class LoadedTeacher:
     device: torch.device
 
     def score(self, impressions: list[Impression]) -> np.ndarray:
-        """Logits (rows, objectives) float32, the objectives in schema order. Rows do not affect each other."""
+        """Logits (rows, objectives) float32 of the served heads, in schema order. Rows do not affect each other."""
         no_labels = (None,) * len(self.schema.objectives)
         now_ms = time.time_ns() // 1_000_000
         rows = [JoinedRow(impression, now_ms, no_labels) for impression in impressions]
         batch = self.encoder.encode(example_batch(rows, self.schema)).to(self.device)
         with torch.inference_mode():
             logits_BK: np.ndarray = self.model(batch).float().cpu().numpy()
-        return logits_BK
+        return logits_BK[:, self.encoder.spec.served]
 
 
 def choose_device(name: str) -> torch.device:

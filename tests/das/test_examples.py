@@ -158,6 +158,7 @@ BAD_VALUES: dict[str, tuple[str, pa.Array]] = {
     "year 50000": ("event_time", pa.array([1 << 52] * 9, pa.int64()).view(pa.timestamp("ms"))),
     "fields of one sequence that differ in length": ("clicks.item", pa.array([[1]] * 9, IDS)),
     "a sequence past its max_length": ("buys.item", pa.array([[1, 2, 3]] * 9, IDS)),
+    "a window that the schema does not have": ("window", pa.array([0] * 8 + [1], pa.int8())),
     "before 1970": ("ingest_time", pa.array([-1] * 9, pa.int64()).view(pa.timestamp("ms"))),
 }
 

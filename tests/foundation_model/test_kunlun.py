@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from das.errors import ConfigError
+from das.zipper import heads
 from foundation_model.batch import Batch, JaggedSequence
 from foundation_model.features import InputSpec, SequenceSpec, TableLayout
 from foundation_model.kunlun import Kunlun, KunlunConfig, merge_by_time
@@ -39,6 +40,7 @@ SPEC = InputSpec(
     sequences=(SequenceSpec("clicks", "click", ("item", "tag"), 50), SequenceSpec("views", "view", ("item",), 50)),
     domains=("a", "b", "c"),
     objectives=("click", "view"),
+    heads=heads((("click", 1), ("view", 1)), None),
 )
 
 
@@ -243,7 +245,7 @@ def test_merge_by_time_interleaves_each_row_oldest_first() -> None:
 
 
 def test_a_model_without_sequences_or_numbers_runs() -> None:
-    spec = InputSpec(SPEC.tables, SPEC.categorical, (), (), SPEC.domains, SPEC.objectives)
+    spec = InputSpec(SPEC.tables, SPEC.categorical, (), (), SPEC.domains, SPEC.objectives, SPEC.heads)
     batch = make_batch([1, 2], [0, 1])
     bare = Batch(
         batch.cat_BC, batch.num_BN[:, :0], {}, batch.labels_BK, batch.label_mask_BK, batch.domain_B,

@@ -207,7 +207,7 @@ def test_context_tokens_are_one_per_feature_a_few_numbers_and_a_domain() -> None
 
 @pytest.mark.parametrize("kind", ["none", "bias", "adapter"])
 def test_domains_start_as_one_and_may_part(kind: str) -> None:
-    heads = ObjectiveHeads(6, (8, 4), num_objectives=2, num_domains=3, domain_head=kind)  # type: ignore[arg-type]
+    heads = ObjectiveHeads(6, (8, 4), num_heads=2, num_domains=3, domain_head=kind)  # type: ignore[arg-type]
     flat, domain = torch.randn(1, 6).expand(3, 6), torch.arange(3)
     same = heads(flat, domain)
     assert same.shape == (3, 2)
@@ -223,7 +223,7 @@ def test_domains_start_as_one_and_may_part(kind: str) -> None:
 
 
 def test_objectives_have_heads_of_their_own() -> None:
-    heads = ObjectiveHeads(6, (8,), num_objectives=2, num_domains=3, domain_head="adapter")
+    heads = ObjectiveHeads(6, (8,), num_heads=2, num_domains=3, domain_head="adapter")
     heads(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))[:, 0].sum().backward()
     assert heads.out[0].weight.grad is not None
     assert heads.out[0].weight.grad.any()
