@@ -2,10 +2,11 @@
 
 What leaves is a function of the two logs alone, however reading them interleaves (while no input is idle):
 
-* An impression is late if its release time is not above its own log's watermark when it is read.
-* Feedback counts if it is inside its objective's window and its impression's release time is above the feedback log's
-  watermark when the feedback is read. A row leaves when the join watermark reaches its release time, so no feedback
-  that counts can come after its row.
+* An impression's release time is its event time plus the window it is hashed into (das.zipper; the longest without it).
+* It is late if its release time is not above its own log's watermark when it is read.
+* Feedback counts if it is inside the row's and its objective's window and the row's release time is above the feedback
+  log's watermark when the feedback is read. A row leaves when the join watermark reaches its release time, so no
+  feedback that counts can come after its row.
 * Rows leave in the order (release time, impression id) and are cut into messages by rows, bytes and event time.
 
 So a state rebuilt from the logs continues with the very same messages, and each impression leaves once.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 import msgspec
 from pydantic import Field
@@ -39,9 +41,10 @@ class JoinConfig(Config):
 
 
 class Pending(msgspec.Struct, gc=False):
-    """An impression that waits for its window to pass. `value` is its message as it was read."""
+    """An impression that waits for its window, an index into `schema.windows_ms`. `value` is its message as read."""
 
     event_time: int
+    window: int
     domain: str
     ingest_ms: int
     value: bytes
@@ -50,11 +53,12 @@ class Pending(msgspec.Struct, gc=False):
 
 
 class ReleasedRow(msgspec.Struct, frozen=True, gc=False):
-    """A row that leaves: the impression as it was read, and its final labels in objective order."""
+    """A row that leaves: the impression as it was read, its labels within `window` in objective order, final."""
 
     value: bytes
     ingest_ms: int
     labels: tuple[int | None, ...]
+    window: int
 
 
 class Cut(msgspec.Struct, frozen=True):
@@ -73,6 +77,14 @@ class _Seen(msgspec.Struct, gc=False):
     release_ms: int
 
 
+class _Kept(NamedTuple):
+    """Feedback that is read again on recovery; `before_ms` is the greatest event time before it."""
+
+    offset: int
+    before_ms: int
+    impression_id: str
+
+
 class _Given(msgspec.Struct, frozen=True, gc=False):
     """One feedback record; `passed_ms` is the feedback log's watermark before it."""
 
@@ -88,8 +100,9 @@ class PartitionJoin:
 
     def __init__(self, schema: FeatureSchema, config: JoinConfig, state: JoinState | None = None) -> None:
         self._config = config
-        self._window_ms = schema.max_window_ms
-        self._windows_ms = [o.window_ms for o in schema.objectives]
+        self._zipper = schema.zipper
+        self._windows_ms = schema.windows_ms
+        self._limits_ms = [[min(o.window_ms, ms) for o in schema.objectives] for ms in schema.windows_ms]
         self._objectives = {o.name: k for k, o in enumerate(schema.objectives)}
         self._applies = {
             d: tuple(o.domains is None or d in o.domains for o in schema.objectives) for d in schema.domains
@@ -100,9 +113,10 @@ class PartitionJoin:
         self.pending: dict[str, Pending] = {}
         self._heap: list[ReleaseKey] = []
         self._ready: list[ReleaseKey] = []
-        self._seen: OrderedDict[str, _Seen] = OrderedDict()
+        # by window, each in the order read: what waits long must not keep what waits briefly
+        self._seen: list[OrderedDict[str, _Seen]] = [OrderedDict() for _ in self._windows_ms]
+        self._kept_feedback: list[deque[_Kept]] = [deque() for _ in self._windows_ms]
         self._orphans: OrderedDict[str, list[_Given]] = OrderedDict()
-        self._kept_feedback: deque[tuple[int, str, int]] = deque()
         self.next = [0, 0]
         self._recovered_next, self._recovered_key = (0, 0), BEFORE_ALL
         self._key, self._seq, self._ends = BEFORE_ALL, 0, [0, 0]
@@ -156,10 +170,11 @@ class PartitionJoin:
         before_ms = self.watermark.max_event_ms[IMPRESSIONS]
         self.next[IMPRESSIONS] = offset + 1
         self.watermark.saw(IMPRESSIONS, event_time)
-        key = ReleaseKey(event_time + self._window_ms, impression_id)
+        window = self._window(impression_id)
+        key = ReleaseKey(event_time + self._windows_ms[window], impression_id)
         again = self.replayed(IMPRESSIONS, offset)
         left = again and key <= self._recovered_key
-        seen = self._seen.get(impression_id)
+        seen = self._seen[window].get(impression_id)
         if seen is not None and (impression_id in self.pending or seen.release_ms + self._config.dedup_ms > passed_ms):
             seen.release_ms = max(seen.release_ms, key.release_ms)
             outcome = "duplicate"
@@ -167,13 +182,16 @@ class PartitionJoin:
             outcome = "late"
         else:
             outcome = "accepted"
-            seen = self._seen.setdefault(impression_id, _Seen(offset, before_ms, key.release_ms))
+            seen = self._seen[window].setdefault(impression_id, _Seen(offset, before_ms, key.release_ms))
             seen.release_ms = max(seen.release_ms, key.release_ms)
             if not left:
-                self._wait(key, Pending(event_time, domain, ingest_ms, value))
+                self._wait(key, Pending(event_time, window, domain, ingest_ms, value))
         if not again:
             self.counts["impressions", outcome] += 1
         return outcome
+
+    def _window(self, impression_id: str) -> int:
+        return self._zipper.assign(impression_id) if self._zipper else 0
 
     def _wait(self, key: ReleaseKey, row: Pending) -> None:
         self.pending[key.impression_id] = row
@@ -194,10 +212,10 @@ class PartitionJoin:
         self.watermark.saw(FEEDBACK, event_time)
         counted = not self.replayed(FEEDBACK, offset)
         given = _Given(self._objectives[objective], event_time, value > 0, passed_ms, counted)
-        row = self.pending.get(impression_id)
+        row, window = self.pending.get(impression_id), self._window(impression_id)
         if row is not None:
             keep = self._label(row, given) == "joined" and given.positive
-        elif impression_id in self._seen:
+        elif impression_id in self._seen[window]:
             self._count(given, "late")
             keep = False
         else:
@@ -207,7 +225,7 @@ class PartitionJoin:
             while self.num_orphans > self._config.max_orphans:
                 self._drop_oldest_orphans()
         if keep:
-            self._kept_feedback.append((offset, impression_id, before_ms))
+            self._kept_feedback[window].append(_Kept(offset, before_ms, impression_id))
 
     def _label(self, row: Pending, given: _Given) -> str:
         """Apply feedback to its pending impression; returns and counts what became of it."""
@@ -217,7 +235,10 @@ class PartitionJoin:
             outcome = "unknown"
         elif after_ms < 0:
             outcome = "early"
-        elif after_ms > self._windows_ms[given.objective] or row.event_time + self._window_ms <= given.passed_ms:
+        elif (
+            after_ms > self._limits_ms[row.window][given.objective]
+            or row.event_time + self._windows_ms[row.window] <= given.passed_ms
+        ):
             outcome = "late"
         elif row.positive & bit:
             outcome = "duplicate" if given.positive else "contradicting"
@@ -282,7 +303,7 @@ class PartitionJoin:
         labels = tuple(
             (row.positive >> k) & 1 if applies else None for k, applies in enumerate(self._applies[row.domain])
         )
-        return ReleasedRow(row.value, row.ingest_ms, labels)
+        return ReleasedRow(row.value, row.ingest_ms, labels, row.window)
 
     def _hand_on_end(self) -> None:
         while self._orphans:
@@ -294,30 +315,38 @@ class PartitionJoin:
         """Drop what no later record can need, so that memory and the records to read again stay bounded."""
         passed_ms = self.watermark.input_ms(IMPRESSIONS)
         while self._orphans:  # no impression that feedback could belong to would still be accepted
-            given = next(iter(self._orphans.values()))
-            if max(g.event_time for g in given) + self._window_ms > passed_ms:
+            impression_id, given = next(iter(self._orphans.items()))
+            if max(g.event_time for g in given) + self._windows_ms[self._window(impression_id)] > passed_ms:
                 break
             self._drop_oldest_orphans()
-        while self._kept_feedback and self._kept_feedback[0][1] not in self.pending:
-            if self._kept_feedback[0][1] in self._orphans:
+        for kept in self._kept_feedback:
+            while kept and kept[0].impression_id not in self.pending and kept[0].impression_id not in self._orphans:
+                kept.popleft()
+        for seen in self._seen:
+            while seen and not self._needed(*next(iter(seen.items())), passed_ms):
+                seen.popitem(last=False)
+        for _ in range(sum(map(len, self._seen)) - self._config.dedup_max - len(self.pending)):
+            first = [(next(iter(seen.items())), seen) for seen in self._seen if seen]
+            left = [(entry.offset, seen) for (name, entry), seen in first if name not in self.pending]
+            if not left:
                 break
-            self._kept_feedback.popleft()
-        most = self._config.dedup_max + len(self.pending)
-        while self._seen:
-            impression_id, seen = next(iter(self._seen.items()))
-            needed = seen.release_ms + self._config.dedup_ms > passed_ms or seen.release_ms >= self._key.release_ms
-            if impression_id in self.pending or (needed and len(self._seen) <= most):
-                break
-            del self._seen[impression_id]
+            min(left, key=lambda pair: pair[0])[1].popitem(last=False)
+
+    def _needed(self, impression_id: str, seen: _Seen, passed_ms: int) -> bool:
+        """Whether a record of this id would still be told to be a duplicate."""
+        again = seen.release_ms + self._config.dedup_ms > passed_ms or seen.release_ms >= self._key.release_ms
+        return again or impression_id in self.pending
 
     def _state(self, first_release_ms: int) -> JoinState:
         """The state after everything that left so far."""
         replay, before_ms = list(self.next), list(self.watermark.max_event_ms)
-        if self._seen:
-            oldest = next(iter(self._seen.values()))
+        first = [next(iter(seen.values())) for seen in self._seen if seen]
+        if first:
+            oldest = min(first, key=lambda seen: seen.offset)
             replay[IMPRESSIONS], before_ms[IMPRESSIONS] = oldest.offset, oldest.before_ms
-        if self._kept_feedback:
-            replay[FEEDBACK], _, before_ms[FEEDBACK] = self._kept_feedback[0]
+        given = [kept[0] for kept in self._kept_feedback if kept]
+        if given:
+            replay[FEEDBACK], before_ms[FEEDBACK], _ = min(given)
         state = JoinState(
             seq=self._seq,
             key=self._key,

@@ -184,5 +184,5 @@ class JoinerLane:
         if cut.end:
             return b"", headers | {HEADER_CONTROL: END_OF_STREAM}
         decode = self._codec.decode_impression
-        rows = [JoinedRow(decode(row.value), row.ingest_ms, row.labels) for row in cut.rows]
+        rows = [JoinedRow(decode(row.value), row.ingest_ms, row.labels, row.window) for row in cut.rows]
         return encode_examples(rows, schema), headers

@@ -34,7 +34,8 @@ class LoadedTeacher:
         """Logits (rows, objectives) float32 of the served heads, in schema order. Rows do not affect each other."""
         no_labels = (None,) * len(self.schema.objectives)
         now_ms = time.time_ns() // 1_000_000
-        rows = [JoinedRow(impression, now_ms, no_labels) for impression in impressions]
+        full = len(self.schema.windows_ms) - 1
+        rows = [JoinedRow(impression, now_ms, no_labels, full) for impression in impressions]
         batch = self.encoder.encode(example_batch(rows, self.schema)).to(self.device)
         with torch.inference_mode():
             logits_BK: np.ndarray = self.model(batch).float().cpu().numpy()
