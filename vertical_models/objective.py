@@ -1,7 +1,8 @@
 """What a student minimizes: hard labels on the served head, the teacher's probabilities on the auxiliary one.
 
-ExFM (arXiv 2502.17494), section 3.2, eq. 2 to 5. Shape legend: B rows, K objectives. A loss is the sum over objectives
-of the mean over all rows of the batch, masked rows included: how much a row counts does not depend on its neighbors.
+ExFM (arXiv 2502.17494), section 3.2, eq. 2 to 5. Shape legend: B rows, K heads (without Zipper: objectives). A loss is
+the sum over heads of the mean over all rows of the batch, masked rows included: how much a row counts does not depend
+on its neighbors.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from das.config import Config
 from das.errors import ConfigError
+from foundation_model.features import InputSpec
 
 PerObjective = float | dict[str, float]
 
@@ -26,7 +28,8 @@ class DistillationConfig(Config):
 
     auxiliary: `h(z_S, y) + weight * h(z_D, min(1, alpha * y_F))`, where z_D is a head of its own that sends `beta`
     times its gradient into the backbone (eq. 3 to 5). shared: `h(z_S, y) + weight * h(z_S, y_F)`, one served head with
-    two targets, the baseline (eq. 2). none: hard labels only; logits are not looked up.
+    two targets, the baseline (eq. 2). none: hard labels only; logits are not looked up. With Zipper, each head learns
+    from the teacher's logit of its own window, and `weight` is what the teacher counts against that head's labels.
     """
 
     mode: Literal["none", "auxiliary", "shared"] = "auxiliary"
@@ -63,6 +66,11 @@ class DistillationConfig(Config):
                 "give one number, or one for each objective"
             )
         return tuple(float(value[o]) for o in objectives)
+
+    def per_head(self, name: str, spec: InputSpec) -> tuple[float, ...]:
+        """weight, beta or alpha of each head's objective, in the order of `spec.heads`. Raises as `per_objective`."""
+        values = self.per_objective(name, spec.objectives)
+        return tuple(values[head.objective] for head in spec.heads)
 
 
 def _values(value: PerObjective) -> tuple[float, ...]:
@@ -120,7 +128,7 @@ def scale_labels(p: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def masked_loss(logits_BK: Tensor, targets_BK: Tensor, mask_BK: Tensor, weight_K: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy h(z, y), y in [0, 1], summed over objectives and averaged over the B rows; a scalar."""
+    """Binary cross-entropy h(z, y), y in [0, 1], summed over heads and averaged over the B rows; a scalar."""
     loss_BK = F.binary_cross_entropy_with_logits(logits_BK, targets_BK, reduction="none")
     loss_K = torch.where(mask_BK, loss_BK, 0.0).mean(0)
     return (loss_K if weight_K is None else loss_K * weight_K).sum()
@@ -129,25 +137,34 @@ def masked_loss(logits_BK: Tensor, targets_BK: Tensor, mask_BK: Tensor, weight_K
 class StudentObjective:
     """The loss of one student."""
 
-    def __init__(self, config: DistillationConfig, objectives: tuple[str, ...], device: torch.device | str) -> None:
-        """Raises ConfigError if a value per objective is missing."""
+    def __init__(
+        self, config: DistillationConfig, spec: InputSpec, label_weights: Sequence[float], device: torch.device | str
+    ) -> None:
+        """`label_weights`: how much a label counts at each head.
+
+        A row's label reaches one head of an objective, the teacher's logits reach all: so their term also has the
+        share of the rows whose labels reach the head. Raises ConfigError if a value per objective is missing.
+        """
         self._shared = config.mode == "shared"
-        self._weight_K = torch.tensor(config.per_objective("weight", objectives), device=device)
-        self._alpha_K = torch.tensor(config.per_objective("alpha", objectives), device=device)
+        self._label_weight_K = torch.tensor(label_weights, device=device)
+        share_K = torch.tensor([head.share for head in spec.heads], device=device)
+        weight_K = torch.tensor(config.per_head("weight", spec), device=device)
+        self._weight_K = weight_K * self._label_weight_K * share_K
+        self._alpha_K = torch.tensor(config.per_head("alpha", spec), device=device)
 
     def __call__(
         self,
-        served_BK: Tensor,
+        logits_BK: Tensor,
         distilled_BK: Tensor | None,
         labels_BK: Tensor,
         label_mask_BK: Tensor,
         teacher: TeacherTargets | None,
     ) -> Tensor:
-        """The scalar loss: hard labels on `served_BK`, plus the teacher's term where there is a teacher."""
-        loss = masked_loss(served_BK, labels_BK, label_mask_BK)
+        """The scalar loss: hard labels on `logits_BK`, plus the teacher's term where there is a teacher."""
+        loss = masked_loss(logits_BK, labels_BK, label_mask_BK, self._label_weight_K)
         if teacher is None:
             return loss
         targets_BK = scale_labels(torch.sigmoid(teacher.logits_BK), self._alpha_K)
-        student_BK = served_BK if self._shared else distilled_BK
+        student_BK = logits_BK if self._shared else distilled_BK
         assert student_BK is not None, "auxiliary distillation without its head"
         return loss + masked_loss(student_BK, targets_BK, teacher.mask_BK, self._weight_K)

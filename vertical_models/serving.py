@@ -6,7 +6,7 @@ per sequence `<name>.ids` int64 (B, L, F), `<name>.age_s` float32 (B, L) and `<n
 `length <= L` events, oldest first, then padding.
 
 Shape legend: B rows, C categorical features, N numeric columns, L events of one sequence, F its fields,
-D embedding width, H backbone width, K objectives.
+D embedding width, H backbone width, O objectives.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class SequencePool(nn.Module):
 
 
 class ServingModel(nn.Module):
-    """Embeddings, backbone and one logit per objective: {input: tensor} -> (B, K) float32."""
+    """Embeddings, backbone and one logit per objective: {input: tensor} -> (B, O) float32."""
 
     def __init__(self, config: InputConfig, backbone: DCNv2Config, spec: InputSpec, domains: tuple[str, ...]) -> None:
         """`domains`: those of the student, names of `spec.domains`."""
@@ -134,6 +134,6 @@ class ServingModel(nn.Module):
         return representation
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits, (B, K)."""
+        """Logits, (B, O)."""
         logits: Tensor = self.head(self.represent(inputs))
         return logits

@@ -1,6 +1,6 @@
 """One student's training: predict a batch, count the prediction, then learn from it. No IO.
 
-Shape legend: B rows, K the student's objectives, J all objectives of the schema.
+Shape legend: B rows, K the heads of the student's objectives: one each and, with Zipper, one per window.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from das.logit_block import LogitBlock
 from das.schema import FeatureSchema
 from das.telemetry import NullTelemetry, Telemetry
 from foundation_model.batch import Batch
+from foundation_model.features import InputSpec
 from foundation_model.metrics import ALL, LOGIT_LIMIT, ProgressiveMetrics
 from foundation_model.optimizers import Optimizers
 from foundation_model.snapshot import load_rng_tensors, pack, rng_tensors, unpack
@@ -65,9 +66,12 @@ class StudentTrainer:
         self.metrics = ProgressiveMetrics(schema.domains, config.objectives, eval_from_ms=config.eval_from_ms)
         self.counts = Counts(torch.zeros(len(schema.domains), dtype=torch.int64))
         self._telemetry = telemetry or NullTelemetry()
-        self._objective = StudentObjective(config.distillation, config.objectives, self.device)
-        self._columns = [schema.objective_names.index(name) for name in config.objectives]
-        self._applies = torch.tensor([_applies(schema, domain, config.objectives) for domain in schema.domains])
+        spec = self.encoder.spec
+        weights = config.label_weights(spec.heads)
+        self._objective = StudentObjective(config.distillation, spec, weights, self.device)
+        names = [head.name for head in schema.heads]
+        self._columns = [names.index(head.name) for head in spec.heads]
+        self._applies = torch.tensor([_applies(schema, domain, spec) for domain in schema.domains])
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -94,9 +98,9 @@ class StudentTrainer:
         """Predict, count, learn. Returns whether the step was taken; a non-finite one leaves the model as it was."""
         batch = item.batch.to(self.device)
         output = self.student(batch)  # 1. predict, with the weights from before this batch
-        self._evaluate(output.served_BK, item.batch)  # 2. count the prediction
+        self._evaluate(output.logits_BK, item.batch)  # 2. count the prediction
         teacher = item.teacher.to(self.device) if item.teacher else None
-        loss = self._objective(output.served_BK, output.distilled_BK, batch.labels_BK, batch.label_mask_BK, teacher)
+        loss = self._objective(output.logits_BK, output.distilled_BK, batch.labels_BK, batch.label_mask_BK, teacher)
         self.optimizers.zero_grad()
         loss.backward()
         ok = self.optimizers.step(loss)  # 3. learn
@@ -146,11 +150,13 @@ class StudentTrainer:
         pooled = len(self.student.serving.domains) > 1
         return tuple(key for key in self.metrics.keys if pooled or not key.startswith(f"{ALL}/"))
 
-    def _evaluate(self, served_BK: Tensor, batch: Batch) -> None:
-        logits_BK = served_BK.detach().float().cpu().numpy()
-        logits_BK = np.nan_to_num(logits_BK, nan=0.0, posinf=LOGIT_LIMIT, neginf=-LOGIT_LIMIT)
-        labels = batch.labels_BK.numpy(), batch.label_mask_BK.numpy()
-        self.metrics.update(logits_BK, *labels, batch.domain_B.numpy(), batch.event_time_ms_B)
+    def _evaluate(self, logits_BK: Tensor, batch: Batch) -> None:
+        """Served heads only: of a row that did not wait for an objective's full window, they have no label."""
+        served = self.encoder.spec.served
+        logits_BO = logits_BK[:, served].detach().float().cpu().numpy()
+        logits_BO = np.nan_to_num(logits_BO, nan=0.0, posinf=LOGIT_LIMIT, neginf=-LOGIT_LIMIT)
+        labels = batch.labels_BK[:, served].numpy(), batch.label_mask_BK[:, served].numpy()
+        self.metrics.update(logits_BO, *labels, batch.domain_B.numpy(), batch.event_time_ms_B)
 
     def _count(self, item: TrainingBatch, ok: bool) -> None:
         counts, batch = self.counts, item.batch
@@ -163,7 +169,8 @@ class StudentTrainer:
         self._telemetry.count("exfm_rows_trained_total", batch.num_rows)
 
 
-def _applies(schema: FeatureSchema, domain: str, objectives: tuple[str, ...]) -> list[bool]:
-    """Whether each objective is observed in the domain at all."""
+def _applies(schema: FeatureSchema, domain: str, spec: InputSpec) -> list[bool]:
+    """Whether each head's objective is observed in the domain at all."""
     limits = {o.name: o.domains for o in schema.objectives}
-    return [limits[name] is None or domain in (limits[name] or ()) for name in objectives]
+    allowed = [limits[spec.objectives[head.objective]] for head in spec.heads]
+    return [domains is None or domain in domains for domains in allowed]

@@ -111,7 +111,7 @@ def _plain_inputs(folder: Path, some: list[JoinedRow]) -> dict[str, np.ndarray]:
 def _expected(trainer: StudentTrainer, some: list[JoinedRow]) -> np.ndarray:
     """Logits of the student itself, through its own encoder."""
     with torch.no_grad():
-        logits: np.ndarray = trainer.student(trainer.encoder.encode(example_batch(some, SCHEMA))).served_BK.numpy()
+        logits: np.ndarray = trainer.student(trainer.encoder.encode(example_batch(some, SCHEMA))).logits_BK.numpy()
     return logits
 
 

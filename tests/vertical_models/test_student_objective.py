@@ -38,14 +38,14 @@ def _student(**distillation: object) -> tuple[Student, Batch, StudentObjective]:
 
 def _total(student: Student, batch: Batch, objective: StudentObjective, teacher: TeacherTargets | None) -> Tensor:
     output = student(batch)
-    return objective(output.served_BK, output.distilled_BK, batch.labels_BK, batch.label_mask_BK, teacher)
+    return objective(output.logits_BK, output.distilled_BK, batch.labels_BK, batch.label_mask_BK, teacher)
 
 
 def test_backbone_gradient_is_served_plus_weight_times_beta_times_distilled() -> None:
     student, batch, objective = _student(mode="auxiliary", weight=WEIGHT, beta=BETA, alpha=ALPHA)
     teacher = teacher_of(batch)
     output = student(batch)
-    served = _gradient(student, masked_loss(output.served_BK, batch.labels_BK, batch.label_mask_BK))
+    served = _gradient(student, masked_loss(output.logits_BK, batch.labels_BK, batch.label_mask_BK))
     expected = served.clone()
     x_BH = student.serving.represent(student.serving.inputs(batch))
     assert student.distill is not None
@@ -72,7 +72,7 @@ def test_the_auxiliary_heads_own_gradient_is_not_scaled_by_beta() -> None:
 def test_shared_mode_puts_the_teachers_target_on_the_served_head() -> None:
     student, batch, objective = _student(mode="shared", weight=4.0)
     teacher = teacher_of(batch)
-    served_BK = student(batch).served_BK
+    served_BK = student(batch).logits_BK
     expected = masked_loss(served_BK, batch.labels_BK, batch.label_mask_BK)
     expected = expected + 4.0 * masked_loss(served_BK, torch.sigmoid(teacher.logits_BK), teacher.mask_BK)
     torch.testing.assert_close(_total(student, batch, objective, teacher), expected)
@@ -103,7 +103,7 @@ def test_a_masked_label_or_logit_has_no_effect_whatever_its_value() -> None:
         logits = torch.where(mask, teacher.logits_BK, 1000 * value)
         output = student(batch)
         targets = TeacherTargets(logits, mask, mask.any(1))
-        loss = objective(output.served_BK, output.distilled_BK, labels, batch.label_mask_BK, targets)
+        loss = objective(output.logits_BK, output.distilled_BK, labels, batch.label_mask_BK, targets)
         found.append((loss, *torch.autograd.grad(loss, weights)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -122,7 +122,7 @@ def test_without_any_logits_only_hard_labels_count() -> None:
     student, batch, objective = _student(mode="auxiliary", weight=10.0)
     nothing = torch.zeros_like(batch.label_mask_BK)
     teacher = TeacherTargets(nothing.float(), nothing, nothing[:, 0])
-    hard = masked_loss(student(batch).served_BK, batch.labels_BK, batch.label_mask_BK)
+    hard = masked_loss(student(batch).logits_BK, batch.labels_BK, batch.label_mask_BK)
     assert torch.equal(_gradient(student, _total(student, batch, objective, teacher)), _gradient(student, hard))
 
 

@@ -41,7 +41,7 @@ def test_predictions_are_made_with_the_weights_from_before_the_batch() -> None:
     train(trainer, steps=3)
     batch = trainer.encoder.encode(record_batch(32, seed=9))
     with torch.no_grad():
-        before = trainer.student(batch).served_BK.numpy()
+        before = trainer.student(batch).logits_BK.numpy()
     trainer.metrics = ProgressiveMetrics(SCHEMA.domains, trainer.config.objectives)
     trainer.train(TrainingBatch(batch, teacher_of(batch), []))
     expected = ProgressiveMetrics(SCHEMA.domains, trainer.config.objectives)
