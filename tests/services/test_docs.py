@@ -103,6 +103,16 @@ def schema_of(page: str) -> FeatureSchema:
     return FeatureSchema.parse(yaml.safe_load(block))
 
 
+def test_the_heads_of_the_zipper_page_are_those_of_its_schema() -> None:
+    page = PAGES["zipper.md"]
+    documented = re.findall(r"^\| `(\S+)` \| ([\d.]+) s \| ([\d.]+) \| (yes|no) \|$", page, re.M)
+    heads = schema_of(page).heads
+    assert documented == [
+        (h.name, f"{h.window_ms / 1000:g}", f"{h.share:g}", "yes" if h.served else "no") for h in heads
+    ]
+    assert len(heads) == 4
+
+
 def test_the_messages_of_the_docs_decode() -> None:
     codec = MessageCodec(schema_of(DATA))
     impression, feedback = blocks(DATA, "json")
