@@ -74,10 +74,10 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def make_model(seed: int) -> Kunlun:
+def make_model(seed: int, schema: FeatureSchema = SCHEMA) -> Kunlun:
     """A Kunlun with weights from `seed`, far enough from zero that versions differ in every logit."""
     torch.manual_seed(seed)
-    model = Kunlun(CONFIG.model, FeatureEncoder(SCHEMA, tables=CONFIG.tables).spec)
+    model = Kunlun(CONFIG.model, FeatureEncoder(schema, tables=CONFIG.tables).spec)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -85,7 +85,7 @@ def make_model(seed: int) -> Kunlun:
 
 
 def expected_logits(model: Kunlun, rows: list[dict[str, Any]]) -> np.ndarray:
-    """What the trainer's forward gives for the same rows, (rows, objectives)."""
+    """What the trainer's forward gives for the same rows, (rows, heads)."""
     impressions = [CODEC.impression({"impression_id": f"x{i}", **row}) for i, row in enumerate(rows)]
     batch = example_batch([JoinedRow(i, NOW_MS, (None, None)) for i in impressions], SCHEMA)
     logits: np.ndarray = model(FeatureEncoder(SCHEMA, tables=CONFIG.tables).encode(batch)).detach().numpy()
@@ -111,14 +111,14 @@ def publish(root: Path, version: int, model: Kunlun, schema: FeatureSchema = SCH
 class Running:
     """A server in a thread of this process, and a client of it."""
 
-    def __init__(self, snapshots: Path, **settings: Any) -> None:
+    def __init__(self, snapshots: Path, schema: FeatureSchema = SCHEMA, **settings: Any) -> None:
         self.config = ServeConfig.parse({"port": free_port(), "reload_s": 0.05, **settings})
         self.telemetry = PrometheusTelemetry(CollectorRegistry())
         self.stop = threading.Event()
         self.ready = threading.Event()
         self.url = f"http://127.0.0.1:{self.config.port}"
         self.client = httpx.Client(base_url=self.url, timeout=20)
-        args = (self.config, SCHEMA, snapshots, self.telemetry, self.stop, self.ready.set)
+        args = (self.config, schema, snapshots, self.telemetry, self.stop, self.ready.set)
         self.thread = threading.Thread(target=run_server, args=args)
 
     def metric(self, name: str, **labels: str) -> float:
@@ -134,9 +134,11 @@ class Running:
 
 
 @contextmanager
-def serving(snapshots: Path, *, ready: bool = True, **settings: Any) -> Iterator[Running]:
+def serving(
+    snapshots: Path, *, ready: bool = True, schema: FeatureSchema = SCHEMA, **settings: Any
+) -> Iterator[Running]:
     """Run a server; waits until it answers, and until it has a teacher if `ready`."""
-    running = Running(snapshots, **settings)
+    running = Running(snapshots, schema, **settings)
     running.thread.start()
     try:
         running.wait_for(lambda: _answers(running.client))

@@ -6,6 +6,7 @@ import copy
 import http.client
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,6 +26,7 @@ from serve_kit import (
     serving,
 )
 
+from das.schema import FeatureSchema
 from foundation_model.kunlun import Kunlun
 from services.serve.document import example_tensors
 from services.serve.tensors import input_tensors, output_tensors
@@ -60,6 +62,24 @@ def test_scores_equal_the_snapshot_models_logits(server: Running, model: Kunlun)
     probabilities = np.array([[r["probabilities"][n] for n in SCHEMA.objective_names] for r in body["results"]])
     np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits.astype(np.float64))), rtol=1e-6)
     assert logits.std() > 0.01
+
+
+def test_under_zipper_only_full_windows_are_served(tmp_path: Path) -> None:
+    windows = [{"window_s": 5, "share": 0.5}, {"window_s": 10, "share": 0.5}]
+    schema = FeatureSchema.parse(SCHEMA.model_dump(mode="json") | {"zipper": {"salt": "s", "windows": windows}})
+    zipped, rows = make_model(2, schema), make_rows(5)
+    publish(tmp_path, VERSION, zipped, schema)
+    with serving(tmp_path, schema=schema) as server:
+        results = score(server, rows).json()["results"]
+        outputs = server.client.get("/v2/models/teacher").json()["outputs"]
+    expected_BK = expected_logits(zipped, rows)
+    assert [head.name for head in schema.heads] == ["click@5000ms", "click", "like@5000ms", "like"]
+    for k, name in ((1, "click"), (3, "like")):
+        np.testing.assert_array_equal([r["logits"][name] for r in results], expected_BK[:, k].tolist())
+    assert {name for r in results for name in r["logits"]} == set(SCHEMA.objective_names)
+    assert {o["name"] for o in outputs} == {
+        f"{kind}.{n}" for kind in ("logit", "probability") for n in ("click", "like")
+    }
 
 
 def test_a_row_scores_the_same_alone_and_in_a_batch(server: Running) -> None:
