@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import redis
 from redis.commands.core import Script
 
 from das.errors import ConfigError, Fatal
+from das.redis_check import Finding, check_client
 from das.redis_client import RedisConfig, connect, errors_named
 
-__all__ = ["Fetched", "Finding", "LogitStore", "PutResult", "RedisConfig"]
+__all__ = ["Fetched", "LogitStore", "PutResult", "RedisConfig"]
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
 
@@ -67,14 +67,6 @@ class Fetched(NamedTuple):
 
     watermark: int
     blocks: list[bytes | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something about the server that its owner should know."""
-
-    level: Literal["warning", "error"]
-    text: str
 
 
 class LogitStore:
@@ -183,25 +175,13 @@ class LogitStore:
         return self.fetch(partition, ()).watermark
 
     def check(self) -> list[Finding]:
-        """Look at the settings of the server (of one node of a cluster) before relying on it.
+        """Look at the settings of the server, or of every primary of a cluster, before relying on it.
 
         Raises ConfigError where logits would vanish silently; returns warnings for the rest.
         """
         with errors_named(self.address):
-            memory, persistence, stats = (cast(dict, self._client.info(s)) for s in ("memory", "persistence", "stats"))
-        policy = memory.get("maxmemory_policy", "noeviction")
-        if memory.get("maxmemory", 0) > 0 and policy != "noeviction":
-            raise ConfigError(
-                f"redis at {self.address}: maxmemory-policy {policy} drops logits silently; "
-                "run: CONFIG SET maxmemory-policy noeviction"
-            )
-        findings = []
-        if not persistence.get("aof_enabled", 0):
-            text = "the append-only file is off: a restart loses logits, and students train on labels alone for them"
-            findings.append(Finding("warning", f"redis at {self.address}: {text}; run: CONFIG SET appendonly yes"))
-        if evicted := stats.get("evicted_keys", 0):
-            findings.append(Finding("warning", f"redis at {self.address}: {evicted} keys were evicted since its start"))
-        return findings
+            client = self._client
+        return check_client(client, self.address)
 
     def close(self) -> None:
         """Close the connections, if there are any."""

@@ -25,7 +25,7 @@ from das.examples import HEADER_CONTROL, HEADER_SCHEMA, decode_examples
 from das.logit_store import LogitStore
 from das.schema import FeatureSchema
 from das.stream import Record, TopicPartition, age_s, read_tail
-from services.check import validate
+from services.check import check_table, validate
 from services.embedded import broker_binary, redis_binary
 from services.logs import redact
 from services.process import EXIT_CONFIG, EXIT_FAILED, EXIT_OK
@@ -79,6 +79,7 @@ def examine(settings_file: Path) -> Iterator[Line]:
         yield Line("FIX", "settings", str(redact(str(error))))
         return
     yield Line("ok", "settings", f"{settings_file}, hash {settings.hash}; schema '{schema.name}' {_hex(schema)}")
+    yield from within(DEADLINE_S, "dataset", lambda: [Line("ok", "dataset", check_table(settings, schema))])
     patient = Patient(settings, schema)
     yield from patient.services()
     run_dir = within(DEADLINE_S, "run_dir", patient.run_dir)
@@ -206,7 +207,8 @@ class Patient:
             store.watermark(0)
             took_s = time.monotonic() - began_s
             findings = store.check()
-        lines = [Line("ok", "redis", f"{store.address} answers in {took_s * 1000:.0f} ms")]
+        keeps = "" if findings else "; evicts nothing, its keys expire, its append-only file is on"
+        lines = [Line("ok", "redis", f"{store.address} answers in {took_s * 1000:.0f} ms{keeps}")]
         return lines + [Line("warn" if f.level == "warning" else "FIX", "redis", f.text) for f in findings]
 
     def watermark(self) -> list[Line]:

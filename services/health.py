@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from das.config import Config
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 32
+MAX_INSTANCES = 1000
 
 Page = Callable[[], tuple[str, bytes]]
 """Makes one page: content type and body."""
@@ -33,7 +36,7 @@ class HealthConfig(Config):
 
     host: str = "127.0.0.1"
     port: int = Field(0, ge=0, le=65_535)
-    """0 = let the system choose; the address is written to `<run_dir>/ports/<process>.json`."""
+    """0 = let the system choose; the address is written to `<run_dir>/ports/<instance>.json`."""
 
 
 class HealthServer:
@@ -74,12 +77,33 @@ class HealthServer:
         self._server.server_close()
 
 
-def write_address(run_dir: Path, process: str, address: str) -> Path:
-    """Announce where `process` answers: `<run_dir>/ports/<process>.json`, replaced atomically."""
-    path = run_dir / "ports" / f"{process}.json"
+@contextmanager
+def instance_name(run_dir: Path, process: str) -> Iterator[str]:
+    """A name that no other live process in `run_dir` has: `process`, else `process-2`, `process-3` and so on.
+
+    It is held by a lock on `<run_dir>/ports/<name>.lock`, which ends with the process, however that ends.
+    Raises OSError when the folder cannot be written to, or MAX_INSTANCES of one name run.
+    """
+    folder = run_dir / "ports"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(1, MAX_INSTANCES + 1):
+        name = process if number == 1 else f"{process}-{number}"
+        with (folder / f"{name}.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield name
+            return
+    raise OSError(f"{MAX_INSTANCES} processes named {process} run in {run_dir}")
+
+
+def write_address(run_dir: Path, instance: str, address: str) -> Path:
+    """Announce where `instance` answers: `<run_dir>/ports/<instance>.json`, replaced atomically."""
+    path = run_dir / "ports" / f"{instance}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"process": process, "pid": os.getpid(), "health": address}), encoding="utf-8")
+    temporary.write_text(json.dumps({"process": instance, "pid": os.getpid(), "health": address}), encoding="utf-8")
     temporary.replace(path)
     return path
 

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from das import fault
 from das.errors import ConfigError, Fatal, Retryable
 from services import logs
-from services.health import HealthServer, write_address
+from services.health import HealthServer, instance_name, write_address
 from services.metrics import PrometheusTelemetry
 from services.settings import Settings, load
 
@@ -70,15 +71,15 @@ def run(name: str, settings_file: Path, work: Callable[[Context], None]) -> int:
     logs.configure(name, settings.log)
     context = Context(name, settings, PrometheusTelemetry(CollectorRegistry()), stop_event(), logs.get_logger(name))
     follow_parent()
-    try:
-        health = _open_health(context)
-    except OSError as error:
-        context.log.error("health port refused", host=settings.health.host, port=settings.health.port, error=str(error))
-        return EXIT_FAILED
-    try:
+    with ExitStack() as stack:
+        try:
+            instance = stack.enter_context(instance_name(settings.run_dir, name))
+            stack.enter_context(closing(_open_health(context, instance)))
+        except OSError as error:
+            where = {"host": settings.health.host, "port": settings.health.port, "run_dir": str(settings.run_dir)}
+            context.log.error("health port refused", **where, error=str(error))
+            return EXIT_FAILED
         return _guarded(context, work)
-    finally:
-        health.close()
 
 
 def stop_event() -> threading.Event:
@@ -118,19 +119,20 @@ def follow_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _open_health(context: Context) -> HealthServer:
+def _open_health(context: Context, instance: str) -> HealthServer:
     settings, registry = context.settings, context.telemetry.registry
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     context.telemetry.gauge("exfm_ready", 0)
-    context.telemetry.gauge("exfm_build_info", 1, version=version(), process=context.name, config=settings.hash)
+    context.telemetry.gauge("exfm_build_info", 1, version=version(), process=instance, config=settings.hash)
     health = HealthServer(settings.health, registry, context.telemetry.is_ready)
     health.start()
-    write_address(settings.run_dir, context.name, health.address)
+    write_address(settings.run_dir, instance, health.address)
     context.log.info(
         "started",
         version=version(),
         config=settings.hash,
+        instance=instance,
         ports={"health": health.address},
         pid=os.getpid(),
         settings=settings.redacted(),

@@ -9,7 +9,9 @@ from typing import Any
 
 from das.broker import create_topics, wait_for_broker
 from das.deadline import Deadline
-from das.errors import ConfigError
+from das.errors import ConfigError, Fatal, Retryable
+from das.redis_check import Finding, check_server
+from das.redis_client import RedisConfig
 from services.embedded import Server, start_broker, start_redis
 from services.settings import Settings
 
@@ -62,6 +64,16 @@ def _with_addresses(settings: Settings, addresses: Mapping[str, str]) -> Setting
     return settings.model_copy(update={"kafka": kafka, "redis": redis})
 
 
+def _patiently_checked(config: RedisConfig, stop: threading.Event) -> list[Finding]:
+    patience = Deadline.after(PING_S)
+    while True:
+        try:
+            return check_server(config)
+        except Retryable as error:
+            if patience.passed or stop.wait(min(RETRY_S, patience.left_s)):
+                raise Retryable(f"{error}; start it or set redis.url") from error
+
+
 class Servers:
     """Starts and stops the embedded servers; `environ` points the other processes at them."""
 
@@ -72,6 +84,22 @@ class Servers:
         self._restarts: dict[str, int] = {}
         self._stopping = False
         self._ended: Callable[[str], None] = lambda _: None
+
+    def check_outside(self, stop: threading.Event) -> list[Finding]:
+        """Ask the servers that are not embedded for an answer; returns what the store's owner should know.
+
+        Raises Retryable when one does not answer within PING_S or `stop` is set, ConfigError when one refuses us or
+        would drop logits.
+        """
+        settings = self._settings
+        try:
+            if not settings.embedded.kafka:
+                wait_for_broker(settings.kafka, Deadline.after(PING_S))
+            if settings.embedded.redis or settings.teacher is None:
+                return []
+            return _patiently_checked(settings.redis, stop)
+        except Fatal as error:
+            raise ConfigError(str(error)) from error
 
     def start(self, ended: Callable[[str], None]) -> None:
         """Start what the settings embed; `ended(name)` is called from a thread when one ends unasked."""

@@ -37,7 +37,10 @@ NOT_SETTINGS_PREFIX = "EXFM_TEST_"
 
 
 class EmbeddedConfig(Config):
-    """Servers that `exfm up` starts itself on this machine, in place of `kafka.bootstrap` and `redis.url`."""
+    """Servers that `exfm up` starts itself on this machine, in place of `kafka.bootstrap` and `redis.url`.
+
+    An address in the environment (`EXFM_KAFKA__BOOTSTRAP`, `EXFM_REDIS__URL`) turns the embedded one off.
+    """
 
     kafka: bool = False
     redis: bool = False
@@ -105,7 +108,11 @@ def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Settings
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: not a mapping; see the example in the README")
-    for keys, value in overrides(environ or {}).items():
+    changes = overrides(environ or {})
+    for address in (("kafka", "bootstrap"), ("redis", "url")):
+        if address in changes:
+            _put(data, ("embedded", address[0]), False)
+    for keys, value in changes.items():
         _put(data, keys, value)
     for key in ("schema_file", "replay.dataset", "replay.data"):
         _resolve(data, key.split("."), path.parent)

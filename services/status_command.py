@@ -60,11 +60,17 @@ def announced(settings: Settings) -> list[dict[str, Any]]:
         except (OSError, ValueError, KeyError, TypeError):
             pids[path.stem] = 0
     kinds = {child.name: child.kind for child in children_of(settings)}
-    kinds |= {name: "other" for name in pids if name not in kinds and name != LIVE}
+    kinds |= {name: kinds.get(_process_of(name), "other") for name in pids if name not in kinds and name != LIVE}
     return [
         {"name": name, "kind": kind, "state": NOT_STARTED, "pid": pids.get(name), "restarts": 0}
         for name, kind in kinds.items()
     ]
+
+
+def _process_of(instance: str) -> str:
+    """The process that a further instance (`das-2`) is one of."""
+    process, _, number = instance.rpartition("-")
+    return process if number.isdecimal() else instance
 
 
 def first_look(collector: Collector) -> Status:

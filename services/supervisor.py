@@ -114,10 +114,12 @@ class Supervisor:
         before the servers stop, with the settings as the processes saw them.
 
         Must be called from the main thread: children are told to stop when the thread that started them ends.
-        Raises Fatal when a process or a server could not be kept running or drained, ConfigError when a process
-        refused its configuration.
+        Raises Fatal when a process or a server could not be kept running or drained, ConfigError when a process or an
+        outside server refused the configuration, Retryable when an outside server does not answer.
         """
         threading.Thread(target=self._forward_stop, args=(stop,), daemon=True).start()
+        for finding in self.servers.check_outside(stop):
+            self._tell(finding.text)
         try:
             self.servers.start(lambda name: self._events.put(("server", name)))
             self.servers.create_topics()

@@ -7,6 +7,8 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from das.errors import ConfigError
+from das.schema import FeatureSchema
+from services.check import check_table
 from services.health import HealthConfig, HealthServer, write_address
 from services.live import pages
 from services.process import Context
@@ -26,9 +28,12 @@ def run(settings_file: Path) -> int:
 def supervise(context: Context, settings_file: Path) -> None:
     """Run the pipeline and serve the live page.
 
-    Raises ConfigError before anything starts, Fatal when it could not be kept running.
+    Raises ConfigError before anything starts, Retryable when a server of yours does not answer, Fatal when the
+    pipeline could not be kept running.
     """
     refuse_an_earlier_run(context.settings)
+    table = check_table(context.settings, FeatureSchema.load(context.settings.schema_file))
+    context.log.info("data set", table=table)
     supervisor = Supervisor(context.settings, settings_file, context.telemetry, lambda text: print(text, flush=True))
     collector = Collector(context.settings.run_dir, supervisor.status)
     live = open_live_page(context, collector)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import outside
 import pytest
 import redis
 
-from services.embedded import start_broker, start_redis
+from services.embedded import Server, start_broker, start_redis
 
 # Before anything imports torch: a result to the bit needs the number of threads that the processes use, which is one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,9 +26,9 @@ if shutil.which("nvidia-smi") is None:
 @pytest.fixture(scope="session")
 def kafka_bootstrap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`host:port` of a Kafka-protocol broker."""
-    outside = os.environ.get("EXFM_TEST_KAFKA")
-    if outside:
-        yield outside
+    if outside.KAFKA:
+        yield outside.KAFKA
+        outside.delete_topics(outside.KAFKA)
         return
     server = start_broker(tmp_path_factory.mktemp("broker"))
     yield server.address
@@ -37,9 +38,10 @@ def kafka_bootstrap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a Redis server."""
-    outside = os.environ.get("EXFM_TEST_REDIS")
-    if outside:
-        yield outside
+    if outside.REDIS:
+        yield outside.REDIS
+        with redis.Redis.from_url(outside.REDIS) as client:
+            outside.forget_keys(client, outside.RUN)
         return
     server = start_redis(tmp_path_factory.mktemp("redis"))
     yield f"redis://{server.address}/0"
@@ -48,9 +50,30 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def redis_client(redis_url: str) -> Iterator[redis.Redis]:
-    """A client of the test Redis, flushed before the test."""
+    """A client of the test Redis, which other tests and others' keys share."""
     client = redis.Redis.from_url(redis_url)
-    client.flushdb()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def forget(redis_client: redis.Redis, prefix: str) -> Callable[[], None]:
+    """Makes the test Redis lose all that the test stored, as a flush would."""
+    return lambda: outside.forget_keys(redis_client, prefix)
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[Server]:
+    """A Redis that no other test uses, to be filled, stopped and killed, with its files in `tmp_path/redis`."""
+    server = start_redis(tmp_path / "redis")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def admin(own_redis: Server) -> Iterator[redis.Redis]:
+    """A client of `own_redis`."""
+    client = redis.Redis.from_url(f"redis://{own_redis.address}/0")
     yield client
     client.close()
 
@@ -58,4 +81,4 @@ def redis_client(redis_url: str) -> Iterator[redis.Redis]:
 @pytest.fixture
 def prefix() -> str:
     """A name unique to the test, for its topics and teachers."""
-    return f"t{uuid.uuid4().hex[:10]}"
+    return outside.new_prefix()

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +66,9 @@ def test_a_second_write_of_the_same_bytes_is_identical_and_of_others_is_refused(
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.dictionaries(st.integers(0, 5), st.integers(0, 2)), st.integers(0, 9)), max_size=6))
 def test_any_writes_end_with_the_first_bytes_and_the_highest_watermark(
-    store: LogitStore, redis_client: redis.Redis, puts: list[tuple[dict[int, int], int]]
+    store: LogitStore, forget: Callable[[], None], puts: list[tuple[dict[int, int], int]]
 ) -> None:
-    redis_client.flushdb()
+    forget()
     model: dict[int, int] = {}
     reached = 0
     for seeds, watermark in puts:
@@ -82,11 +82,11 @@ def test_any_writes_end_with_the_first_bytes_and_the_highest_watermark(
         assert store.fetch(0, range(6)) == (reached, want)
 
 
-def test_every_logit_key_expires(store: LogitStore, redis_client: redis.Redis) -> None:
+def test_every_logit_key_expires(store: LogitStore, redis_client: redis.Redis, prefix: str) -> None:
     store.acquire(0)
     store.put(0, {0: block(0)}, 1)
     logits, watermark = store.block_key(0, 0), store.watermark_key(0)
-    assert set(redis_client.keys()) == {k.encode() for k in (logits, watermark, store.epoch_key(0))}
+    assert set(redis_client.keys(f"exfm:{{{prefix}:*")) == {k.encode() for k in (logits, watermark, store.epoch_key(0))}
     for key in (logits, watermark):
         assert TTL_S - 5 < redis_client.pttl(key) / 1000 <= TTL_S
     redis_client.pexpire(watermark, 1000)
@@ -136,16 +136,16 @@ def test_epochs_rise_however_fast_they_are_taken(store: LogitStore) -> None:
     assert epochs == sorted(set(epochs))
 
 
-def test_the_fence_outlives_a_flush_of_the_store(redis_url: str, prefix: str, redis_client: redis.Redis) -> None:
+def test_the_fence_outlives_a_flush_of_the_store(redis_url: str, prefix: str, forget: Callable[[], None]) -> None:
     old, new = (LogitStore(RedisConfig(url=redis_url), topic=prefix, teacher="kunlun", ttl_s=TTL_S) for _ in range(2))
     old.acquire(0)
     old.acquire(0)
     time.sleep(0.005)
-    redis_client.flushdb()
+    forget()
     new.acquire(0)
     with pytest.raises(Fatal, match="fenced"):
         old.put(0, {0: block(0)}, 1)
-    redis_client.flushdb()
+    forget()
     new.put(0, {0: block(0)}, 1)  # its epoch is in force again
     with pytest.raises(Fatal, match="fenced"):
         old.put(0, {1: block(1)}, 2)
@@ -198,9 +198,10 @@ def test_a_store_restarted_with_its_file_goes_on(own_redis: Server, tmp_path: Pa
         again.stop()
 
 
-def test_a_forgotten_script_is_loaded_again(store: LogitStore, redis_client: redis.Redis) -> None:
+def test_a_forgotten_script_is_loaded_again(own_redis: Server, admin: redis.Redis) -> None:
+    store = store_at(own_redis.address)
     store.put(0, {}, 1)
-    redis_client.script_flush()
+    admin.script_flush()
     assert store.put(0, {0: block(0)}, 2).written == 1
 
 
@@ -302,38 +303,6 @@ def test_memory_per_event_is_within_the_budget(own_redis: Server, admin: redis.R
     per_event = (admin.info("memory")["used_memory"] - before) / (num_blocks * rows)
     assert 4 < per_event <= 6  # bytes, key and expiry included; 4 are the logits themselves
     assert admin.memory_usage(store.block_key(0, 1_000_000)) / rows <= 6
-
-
-def test_an_evicting_policy_is_refused_at_start(own_redis: Server, admin: redis.Redis) -> None:
-    store = store_at(own_redis.address)
-    assert store.check() == []
-    admin.config_set("maxmemory-policy", "allkeys-lru")
-    assert store.check() == []  # harmless without a limit
-    admin.config_set("maxmemory", 100_000_000)
-    with pytest.raises(ConfigError, match="allkeys-lru drops logits silently"):
-        store.check()
-
-
-def test_a_store_without_persistence_is_warned_about(tmp_path: Path) -> None:
-    server = start_redis(tmp_path / "redis", append_only=False)
-    try:
-        (finding,) = store_at(server.address).check()
-    finally:
-        server.stop()
-    assert finding.level == "warning"
-    assert "appendonly yes" in finding.text
-
-
-def test_evicted_keys_are_warned_about(own_redis: Server, admin: redis.Redis) -> None:
-    store = store_at(own_redis.address)
-    store.put(0, {o: block(o) for o in range(100)}, 100)
-    admin.config_set("maxmemory-policy", "allkeys-lru")
-    admin.config_set("maxmemory", 1)
-    with pytest.raises(redis.OutOfMemoryError):
-        admin.set("x", 1)
-    admin.config_set("maxmemory", 0)
-    (finding,) = store.check()
-    assert "keys were evicted" in finding.text
 
 
 @pytest.mark.parametrize(

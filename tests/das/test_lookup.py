@@ -5,7 +5,7 @@ Waits run on a simulated clock: each pause of the lookup advances it and lets a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -142,20 +142,20 @@ def test_a_block_that_is_gone_is_missed_at_once(rig: Rig, redis_client: redis.Re
     assert (rig.rows("hit"), rig.misses(), rig.degraded) == (ROWS, {"absent": 2 * ROWS}, False)
 
 
-def test_a_flushed_store_is_waited_for_until_the_teacher_writes_again(rig: Rig, redis_client: redis.Redis) -> None:
+def test_a_flushed_store_is_waited_for_until_the_teacher_writes_again(rig: Rig, forget: Callable[[], None]) -> None:
     rig.score(*(message(o) for o in range(6)))
     rig.attach(message(0))
-    redis_client.flushdb()
+    forget()
     rig.sim.after(1.0, lambda: rig.score(message(6)))
     assert rig.attach(message(5), message(6))[0] == [False, True]
     assert rig.misses() == {"absent": ROWS}
     assert not rig.degraded
 
 
-def test_a_teacher_that_starts_over_on_an_empty_store_is_seen_to_move(rig: Rig, redis_client: redis.Redis) -> None:
+def test_a_teacher_that_starts_over_on_an_empty_store_is_seen_to_move(rig: Rig, forget: Callable[[], None]) -> None:
     rig.score(*(message(o) for o in range(6)))
     rig.attach(message(0))
-    redis_client.flushdb()
+    forget()
     rig.attach(message(6))
     assert rig.degraded
     rig.score(message(0))  # from its last snapshot on: behind where it was

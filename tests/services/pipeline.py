@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import outside
+
+EMBEDDED = {"kafka": True, "redis": True}
 ROOT = Path(__file__).parents[2]
 KUAIRAND = ROOT / "services" / "demo" / "kuairand"
 MODEL = {
@@ -39,10 +42,13 @@ def settings(folder: Path, *, rows: int, speed: float | str = "max", **changes: 
         "schema_file": str(KUAIRAND / "schema.yaml"),
         "stop_at_end": True,
         "examples_idle_s": None,
-        "embedded": {"kafka": True, "redis": True},
+        **outside.pipeline_servers(),
         "supervisor": {"backoff_initial_s": 0.2},
         "replay": {"dataset": str(KUAIRAND / "dataset.yaml"), "speed": speed, "limit": rows},
-        "joiner": {"batch_rows": 32, "linger_ms": 86_400_000, "idle_timeout_s": None, "session_timeout_s": 6},
+        "joiner": {
+            **{"batch_rows": 32, "linger_ms": 86_400_000, "idle_timeout_s": None, "session_timeout_s": 6},
+            "group": outside.new_prefix(),
+        },
         "teacher": {"device": "cpu", "model": MODEL, "snapshot_every_messages": 5},
         "students": [
             {**student, "name": "plain"},

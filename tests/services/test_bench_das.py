@@ -13,6 +13,7 @@ import redis
 
 from das.errors import ConfigError
 from services.bench import das_store
+from services.embedded import Server
 
 ROWS = {
     *("store.write", "store.write_ttl", "store.read", "store.bytes_per_event"),
@@ -51,8 +52,8 @@ def test_rows_say_what_they_were_measured_on(rows: dict[str, dict[str, Any]]) ->
     assert rows["joiner.two_workers"]["cpu_us_per_impression"] > 0
 
 
-def test_a_database_with_keys_is_refused_and_kept(redis_url: str, redis_client: redis.Redis) -> None:
-    redis_client.set("mine", "1")
+def test_a_database_with_keys_is_refused_and_kept(own_redis: Server, admin: redis.Redis) -> None:
+    admin.set("mine", "1")
     with pytest.raises(ConfigError, match="empty database"):
-        das_store.measure(redis_url, events=1, memory_events=1, repeats=1)
-    assert redis_client.get("mine") == b"1"
+        das_store.measure(f"redis://{own_redis.address}/0", events=1, memory_events=1, repeats=1)
+    assert admin.get("mine") == b"1"

@@ -199,6 +199,11 @@ def test_a_redis_that_evicts_needs_action_and_one_that_forgets_is_a_warning(clin
         server.stop()
 
 
+def test_the_table_to_replay_is_looked_at(clinic: Clinic) -> None:
+    assert clinic.examine()["dataset"] == [Line("ok", "dataset", "no replay")]
+    assert "absent.yaml: no such file" in to_fix(clinic.examine(replay={"dataset": "absent.yaml"}))
+
+
 def test_damaged_and_foreign_snapshots_are_told(clinic: Clinic) -> None:
     clinic.snapshot(1)
     (clinic.snapshot(2) / "model.safetensors").write_bytes(b"torn")

@@ -188,6 +188,22 @@ def test_a_taken_health_port_is_said(start: Start, settings_file: Path) -> None:
     assert port in stderr
 
 
+def test_processes_of_one_name_in_one_run_folder_announce_themselves_apart(start: Start, settings_file: Path) -> None:
+    ports = settings_file.parent / "run" / "ports"
+    first = start(UNTIL_STOPPED)
+    health(settings_file)
+    second = start(UNTIL_STOPPED)
+    until(lambda: (ports / "probe-2.json").exists())
+    found = {name: json.loads((ports / f"{name}.json").read_text()) for name in ("probe", "probe-2")}
+    assert {name: one["pid"] for name, one in found.items()} == {"probe": first.pid, "probe-2": second.pid}
+    for name, one in found.items():
+        assert f'process="{name}"' in get(one["health"], "/metrics")[1]
+    first.kill()
+    first.wait()
+    third = start(UNTIL_STOPPED)
+    until(lambda: json.loads((ports / "probe.json").read_text())["pid"] == third.pid)  # the name was free again
+
+
 def test_clients_that_hang_or_leave_neither_block_health_nor_disturb_the_log(start: Start, settings_file: Path) -> None:
     process = start(UNTIL_STOPPED)
     host, _, port = health(settings_file).rpartition(":")

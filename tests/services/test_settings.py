@@ -36,6 +36,15 @@ def test_environment_overrides_nested_keys_with_yaml_values(settings_file: Path)
     assert (settings.kafka.bootstrap, settings.kafka.partitions, settings.stop_at_end) == ("b:2", 7, True)
 
 
+def test_an_address_in_the_environment_takes_the_place_of_the_embedded_server(settings_file: Path) -> None:
+    settings_file.write_text(MINIMAL + "embedded: {kafka: true, redis: true}\n", encoding="utf-8")
+    assert load(settings_file).embedded.kafka
+    outside = load(settings_file, {"EXFM_KAFKA__BOOTSTRAP": "b:2"})
+    assert (outside.embedded.kafka, outside.embedded.redis) == (False, True)
+    outside = load(settings_file, {"EXFM_REDIS__URL": "redis://b:2"})
+    assert (outside.embedded.kafka, outside.embedded.redis) == (True, False)
+
+
 def test_keys_that_end_in_file_still_work(settings_file: Path) -> None:
     settings = load(settings_file, {"EXFM_SCHEMA_FILE": "/x/s.yaml", "EXFM_REDIS__PASSWORD_FILE": "/run/p"})
     assert settings.schema_file == Path("/x/s.yaml")

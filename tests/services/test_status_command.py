@@ -97,6 +97,7 @@ def test_numbers_and_states_come_from_the_processes_themselves(settings_file: Pa
         "distilled": "not started",
         "das-2": "ready",
     }
+    assert {name: row["kind"] for name, row in rows.items() if name.startswith("das")} == {"das": "das", "das-2": "das"}
     assert now["teacher_version"] == 41
     assert now["hit_rate"] == 0.9
     assert 50 < now["events_per_s"] < 250  # 200 a second, on a busy machine

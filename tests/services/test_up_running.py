@@ -9,12 +9,15 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import outside
 import psutil
 import pytest
-from pipeline import Up, settings
+from pipeline import EMBEDDED, Up, settings
 
-PROCESSES = {"das", "teacher", "plain", "distilled", "replay", "serve", "broker", "redis"}
+NO_MODELS: dict[str, Any] = {"teacher": None, "students": []}
+PROCESSES = {"das", "teacher", "plain", "distilled", "replay", "serve"} | outside.EMBEDDED
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +64,17 @@ def test_idle_processes_use_less_than_5_percent_of_a_core(up: Up) -> None:
 @pytest.mark.faults
 def test_a_killed_process_and_a_killed_redis_come_back_and_it_is_said(up: Up) -> None:
     rows = {p["name"]: p["pid"] for p in up.status()["processes"]}
-    for name in ("das", "redis"):
+    victims = {"das", "redis"} & PROCESSES
+    for name in victims:
         os.kill(rows[name], signal.SIGKILL)
 
     def back() -> bool:
         now = {p["name"]: p for p in up.status()["processes"]}
-        return all(now[n]["state"] == "running" and now[n]["pid"] != rows[n] for n in ("das", "redis"))
+        return all(now[n]["state"] == "running" and now[n]["pid"] != rows[n] for n in victims)
 
     up.until("das and redis run again", back)
-    assert {p["name"]: p["restarts"] for p in up.status()["processes"]} | {"das": 1, "redis": 1} == dict.fromkeys(
-        PROCESSES, 0
-    ) | {"das": 1, "redis": 1}
+    restarts = {p["name"]: p["restarts"] for p in up.status()["processes"]}
+    assert restarts == dict.fromkeys(PROCESSES, 0) | dict.fromkeys(victims, 1)
 
 
 def test_sigterm_drains_from_source_to_sink_and_exits_zero(up: Up) -> None:
@@ -80,10 +83,10 @@ def test_sigterm_drains_from_source_to_sink_and_exits_zero(up: Up) -> None:
     events = [json.loads(line) for line in up.stderr.splitlines() if line.startswith("{")]
     drained = [event["child"] for event in events if event["event"] == "process drained"]
     assert drained[:3] == ["replay", "das", "teacher"]
-    assert set(drained) == PROCESSES - {"broker", "redis"}
+    assert set(drained) == PROCESSES - outside.EMBEDDED
     assert drained[-1] == "serve"
     assert "das crashed (killed by SIGKILL)" in up.stdout
-    assert "redis ended and was started again" in up.stdout
+    assert ("redis ended and was started again" in up.stdout) == ("redis" in PROCESSES)
     left = [p for p in psutil.process_iter(["cmdline"]) if str(up.run_dir) in " ".join(p.info["cmdline"] or [])]
     assert left == []
 
@@ -91,7 +94,7 @@ def test_sigterm_drains_from_source_to_sink_and_exits_zero(up: Up) -> None:
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Up]:
     """Replay and joiner alone, in real time."""
-    run = Up(settings(tmp_path, rows=100_000, speed="realtime", stop_at_end=False, teacher=None, students=[]))
+    run = Up(settings(tmp_path, rows=100_000, speed="realtime", stop_at_end=False, embedded=EMBEDDED, **NO_MODELS))
     try:
         run.until("all are ready", lambda: all(p["ready"] for p in run.status()["processes"] if p["kind"] != "server"))
         yield run
