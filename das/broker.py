@@ -22,13 +22,31 @@ OWNED_OPTIONS = frozenset(
 )
 ENVELOPE_BYTES = 64 << 10
 """Room for headers beside a value of the greatest size: the quarantine adds some to what it is given."""
+SMALLER = "raise kafka.max_message_bytes and the topic's max.message.bytes, or send less at once"
 PERMANENT = (
     kafka_errors.AuthorizationError,
     kafka_errors.SaslAuthenticationFailedError,
     kafka_errors.MessageSizeTooLargeError,
     kafka_errors.RecordListTooLargeError,
     kafka_errors.UnsupportedVersionError,
+    kafka_errors.UnsupportedSaslMechanismError,
+    kafka_errors.InvalidTopicError,
+    kafka_errors.InvalidConfigurationError,
+    kafka_errors.PolicyViolationError,
+    kafka_errors.InvalidSessionTimeoutError,
 )
+REMEDIES = {
+    kafka_errors.MessageSizeTooLargeError: SMALLER,
+    kafka_errors.RecordListTooLargeError: SMALLER,
+    kafka_errors.InvalidReplicationFactorError: "set kafka.replication to no more than there are brokers",
+    kafka_errors.InvalidSessionTimeoutError: "set the session timeout inside the broker's group.min.session.timeout.ms "
+    "(6 s by default) and group.max.session.timeout.ms",
+    kafka_errors.SaslAuthenticationFailedError: "set the user and password in kafka.options_file",
+    kafka_errors.UnsupportedSaslMechanismError: "set sasl_mechanism in kafka.options to one that the broker offers",
+    kafka_errors.TopicAuthorizationFailedError: "let our user create, describe, read and write the topics",
+    kafka_errors.GroupAuthorizationFailedError: "let our user read the consumer groups",
+}
+"""What to do about errors that waiting does not heal, or not alone."""
 
 
 class TopicsConfig(Config):
@@ -94,8 +112,8 @@ def open_client(cls: Any, config: KafkaConfig, options: Mapping[str, Any]) -> An
 def translate(error: Exception, config: KafkaConfig) -> ExfmError:
     """The error of ours that says what to do about a client's error."""
     text = f"broker {config.bootstrap}: {type(error).__name__}: {error}"
-    if isinstance(error, kafka_errors.MessageSizeTooLargeError | kafka_errors.RecordListTooLargeError):
-        return Fatal(f"{text}; raise kafka.max_message_bytes and the topic's max.message.bytes, or send less at once")
+    if remedy := next((remedy for kind, remedy in REMEDIES.items() if isinstance(error, kind)), None):
+        text = f"{text}; {remedy}"
     permanent = isinstance(error, PERMANENT) or not isinstance(error, kafka_errors.KafkaError)
     return Fatal(text) if permanent else Retryable(text)
 
@@ -130,9 +148,10 @@ def create_topics(config: KafkaConfig) -> None:
         for name, partitions in wanted.items():
             topic = {"num_partitions": partitions, "replication_factor": config.replication, "configs": settings}
             try:
-                admin.create_topics({name: topic})
+                admin.create_topics({name: topic}, wait_for_metadata=True)
                 log.info("created topic %s with %d partitions", name, partitions)
             except kafka_errors.TopicAlreadyExistsError:
+                admin.wait_for_topics([name])  # another process may have created it a moment ago
                 _check_partitions(admin, name, partitions)
     except kafka_errors.KafkaError as error:
         raise translate(error, config) from error

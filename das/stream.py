@@ -150,6 +150,9 @@ class KafkaSource:
         }
         self._config = config
         self._consumer = open_client(kafka.KafkaConsumer, config, options)
+        # With sessions a broker leaves out partitions that have nothing new, and `highwater` stays unknown after a
+        # rebalance or seek; the client has no option for it.
+        self._consumer._fetcher._enable_incremental_fetch_sessions = False
         self._next: dict[TopicPartition, int] = {}
         self._past_end_since: dict[TopicPartition, float] = {}
         self._listener = _Rebalances(self._consumer)
@@ -192,6 +195,9 @@ class KafkaSource:
         except kafka_errors.OffsetOutOfRangeError as error:
             tp, offset = next(iter(error.args[0].items()))
             raise self._out_of_range(TopicPartition(*tp), offset) from None
+        except kafka_errors.LogTruncationError as error:  # an unclean election: what was read is not in the log now
+            tp = TopicPartition(*next(iter(error.divergent_offsets)))
+            raise self._out_of_range(tp, self._next[tp]) from None
         except kafka_errors.KafkaError as error:
             raise translate(error, self._config) from error
         if self._listener.events:
