@@ -152,7 +152,7 @@ class KafkaSource:
         self._consumer = open_client(kafka.KafkaConsumer, config, options)
         # With sessions a broker leaves out partitions that have nothing new, and `highwater` stays unknown after a
         # rebalance or seek; the client has no option for it.
-        self._consumer._fetcher._enable_incremental_fetch_sessions = False
+        self._consumer._fetcher.config["enable_incremental_fetch_sessions"] = False
         self._next: dict[TopicPartition, int] = {}
         self._past_end_since: dict[TopicPartition, float] = {}
         self._listener = _Rebalances(self._consumer)
