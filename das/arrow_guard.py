@@ -8,32 +8,50 @@ format" and "Compression"; metadata are flatbuffers (Message.fbs).
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
 
 _CONTINUATION = 0xFFFFFFFF
 _DICTIONARY, _RECORD_BATCH = 2, 3  # MessageHeader of Message.fbs; 1 is the schema
-_HEADER_TYPE, _HEADER, _BODY_LENGTH = 1, 2, 3  # fields of Message
-_DICTIONARY_DATA = 1  # field of DictionaryBatch
-_BUFFERS, _COMPRESSION = 2, 3  # fields of RecordBatch
 
 _PREFIX = struct.Struct("<II")
-_U16 = struct.Struct("<H")
+_VTABLE = struct.Struct("<HH4H")  # its size, the table's size, where in the table the first fields are
+_PAIR_BYTES = 16
 _I32 = struct.Struct("<i")
 _U32 = struct.Struct("<I")
 _I64 = struct.Struct("<q")
 
 
+class Buffers(NamedTuple):
+    """The compressed buffers of one record batch: where their (offset, length) pairs are, how many, where the body is."""
+
+    pairs: int
+    count: int
+    body: int
+
+
 class StreamPlan(NamedTuple):
-    """What one IPC stream holds: the length of its schema message, its record batches, its decompressed bytes."""
+    """What one IPC stream holds: the length of its schema message, its record batches, its compressed buffers.
+
+    dictionaries: the ids of its dictionaries, if it is a schema, then one whole dictionary for each id, then record
+    batches, and nothing else; None otherwise.
+    """
 
     schema_bytes: int
     num_batches: int
-    decoded_bytes: int
+    compressed: list[Buffers]
+    dictionaries: frozenset[int] | None
 
 
 def inspect_stream(value: bytes) -> StreamPlan:
     """Walk the messages of a whole IPC stream. Raises ValueError if it is cut short or its metadata make no sense."""
-    position, schema_bytes, num_batches, decoded = 0, 0, 0, 0
+    position, schema_bytes, num_batches = 0, 0, 0
+    compressed: list[Buffers] = []
+    dictionaries: list[int] = []
+    plain = True
     try:
         while True:
             mark, length = _PREFIX.unpack_from(value, position)
@@ -43,62 +61,76 @@ def inspect_stream(value: bytes) -> StreamPlan:
             if length == 0:
                 break
             message = meta + _U32.unpack_from(value, meta)[0]
+            _, kind_slot, header_slot, size_slot = _slots(value, message)
             body = meta + length
-            body_bytes = _scalar(value, message, _BODY_LENGTH, _I64)
+            body_bytes = _I64.unpack_from(value, message + size_slot)[0] if size_slot else 0
             position = body + body_bytes
             if body_bytes < 0 or position > len(value):
                 raise ValueError(f"message body of {body_bytes} bytes does not fit into the value")
-            slot = _slot(value, message, _HEADER_TYPE)
-            kind = value[message + slot] if slot else 0
-            if kind in (_DICTIONARY, _RECORD_BATCH):
-                num_batches += kind == _RECORD_BATCH
-                decoded += _decoded_bytes(value, message, kind, body)
+            kind = value[message + kind_slot] if kind_slot else 0
+            if kind == _RECORD_BATCH:
+                num_batches += 1
+                _note_buffers(value, _child(value, message, header_slot), body, compressed)
+            elif kind == _DICTIONARY:
+                header = _child(value, message, header_slot)
+                id_slot, data_slot, delta_slot, _ = _slots(value, header)
+                plain &= not (num_batches or (delta_slot and value[header + delta_slot]))
+                dictionaries.append(_I64.unpack_from(value, header + id_slot)[0] if id_slot else 0)
+                _note_buffers(value, _child(value, header, data_slot), body, compressed)
+            else:
+                plain &= not schema_bytes
             schema_bytes = schema_bytes or position
     except (struct.error, IndexError) as error:
         raise ValueError(f"Arrow stream is cut short: {error}") from None
     if meta != len(value):
         raise ValueError(f"{len(value) - meta} bytes follow the end of the Arrow stream")
-    return StreamPlan(schema_bytes, num_batches, decoded)
+    ids = frozenset(dictionaries)
+    return StreamPlan(schema_bytes, num_batches, compressed, ids if plain and len(ids) == len(dictionaries) else None)
 
 
-def _decoded_bytes(value: bytes, message: int, kind: int, body: int) -> int:
-    """Bytes that the reader allocates for the buffers of one dictionary or record batch message.
-
-    Buffers outside the body are the reader's to refuse: it does so before it allocates.
-    """
-    batch = _child(value, message, _HEADER)
-    if kind == _DICTIONARY:
-        batch = _child(value, batch, _DICTIONARY_DATA)
-    if not _slot(value, batch, _COMPRESSION):
-        return 0
-    vector = _child(value, batch, _BUFFERS)
+def _note_buffers(value: bytes, batch: int, body: int, compressed: list[Buffers]) -> None:
+    """Add the buffers of one record batch, a dictionary's or a whole one, if they are compressed."""
+    _, _, buffers_slot, compression_slot = _slots(value, batch)
+    if not compression_slot:
+        return
+    vector = _child(value, batch, buffers_slot)
     count = _U32.unpack_from(value, vector)[0]
-    if count * 16 > len(value):
+    if vector + _U32.size + count * _PAIR_BYTES > len(value):
         raise ValueError(f"{count} buffers do not fit into the metadata")
-    entries = struct.unpack_from(f"<{2 * count}q", value, vector + 4)
-    read = _I64.unpack_from
-    lengths = (
-        read(value, body + offset)[0] for offset, length in zip(entries[::2], entries[1::2], strict=True) if length
-    )
-    return sum(length for length in lengths if length > 0)  # -1: stored uncompressed, not copied
+    compressed.append(Buffers(vector + _U32.size, count, body))
 
 
-def _slot(value: bytes, table: int, field: int) -> int:
-    """Offset of one field of a flatbuffer table from the table's start; 0 if the field is absent."""
-    vtable = table - int(_I32.unpack_from(value, table)[0])
-    slot = 4 + 2 * field
-    return int(_U16.unpack_from(value, vtable + slot)[0]) if slot < _U16.unpack_from(value, vtable)[0] else 0
+def decoded_bytes(stream: bytes | pa.Buffer, compressed: Sequence[Buffers]) -> int:
+    """Bytes that the reader allocates for these buffers of a stream. Raises ValueError if one lies outside of it.
+
+    Those inside the stream but outside their body are the reader's to refuse: it does so before it allocates.
+    """
+    if not compressed:
+        return 0
+    pairs = np.concatenate([np.frombuffer(stream, "<i8", 2 * each.count, each.pairs) for each in compressed])
+    offsets, lengths = pairs.reshape(-1, 2).T
+    bodies = np.repeat([each.body for each in compressed], [each.count for each in compressed])
+    last = len(stream) - _I64.size
+    offsets, bodies = offsets[lengths != 0], bodies[lengths != 0]
+    if not ((offsets >= 0) & (offsets <= last - bodies)).all():
+        raise ValueError("a buffer lies outside the stream")
+    at_every_byte = np.ndarray((last + 1,), "<i8", stream, 0, (1,))
+    stated = at_every_byte[bodies + offsets]
+    return int(np.maximum(stated, 0).sum(dtype=np.float64))  # -1: stored uncompressed, not copied
 
 
-def _scalar(value: bytes, table: int, field: int, kind: struct.Struct) -> int:
-    slot = _slot(value, table, field)
-    return int(kind.unpack_from(value, table + slot)[0]) if slot else 0
+def _slots(value: bytes, table: int) -> tuple[int, int, int, int]:
+    """Where the first four fields of a flatbuffer table are, from the table's start; 0 for a field that is absent."""
+    size, _, first, second, third, fourth = _VTABLE.unpack_from(value, table - _I32.unpack_from(value, table)[0])
+    if size >= _VTABLE.size:
+        return first, second, third, fourth
+    present = (size - 4) // 2
+    return first * (present > 0), second * (present > 1), third * (present > 2), 0
 
 
-def _child(value: bytes, table: int, field: int) -> int:
-    """Position of the table or vector that one field points at."""
-    slot = _slot(value, table, field)
+def _child(value: bytes, table: int, slot: int) -> int:
+    """Position of the table or vector that the field at `slot` points at."""
     if not slot:
-        raise ValueError(f"Arrow metadata lack field {field}")
+        raise ValueError("Arrow metadata lack a field")
     at = table + slot
     return at + int(_U32.unpack_from(value, at)[0])

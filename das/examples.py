@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from das.arrow_guard import inspect_stream
+from das.arrow_guard import decoded_bytes, inspect_stream
 from das.errors import Poison
 from das.messages import MAX_TIME_MS, Impression
 from das.schema import FeatureSchema
@@ -24,6 +24,8 @@ from das.schema import FeatureSchema
 FORMAT = 1
 MAX_DECODED_BYTES = 256 << 20
 MAX_DETAIL_CHARS = 4000
+MAX_WRITERS = 64
+"""Schema messages of different writers that a decoder remembers."""
 HEADER_FORMAT = "exfm-format"
 HEADER_SCHEMA = "exfm-schema"
 HEADER_ROWS = "exfm-rows"
@@ -35,6 +37,8 @@ END_OF_STREAM = b"end-of-stream"
 TIME = pa.timestamp("ms")
 STRING = pa.dictionary(pa.int32(), pa.string())
 ID_TYPES = {"int": pa.int64(), "string": STRING}
+ARROW_ERRORS = (pa.ArrowException, ValueError, LookupError, OSError, MemoryError, OverflowError)
+"""What pyarrow raises on bytes that are not what they should be."""
 _WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
 
 
@@ -126,70 +130,90 @@ def encode_examples(rows: Sequence[JoinedRow], schema: FeatureSchema) -> bytes:
 
 
 def decode_examples(value: bytes | None, schema: FeatureSchema, columns: Sequence[str] | None = None) -> pa.RecordBatch:
-    """The named columns (all of `arrow_schema(schema)` for None) of one message, in the order given.
+    """`ExampleDecoder(schema, columns).decode(value)`; for many messages make one decoder."""
+    return _decoder(schema, None if columns is None else tuple(columns)).decode(value)
 
-    Columns that the schema does not know are skipped. Raises Poison: `schema` for a missing or retyped column, `arrow`
-    for bytes that are not exactly one valid record batch, `size` for one that would decompress to more than
-    MAX_DECODED_BYTES, `domain` for an unknown domain, `sequence` for one that is too long or whose columns differ in
-    length. Raises ValueError for a name in `columns` that is not in `arrow_schema(schema)`.
+
+class ExampleDecoder:
+    """Decodes messages to some columns of `arrow_schema(schema)` (all for None), in the order given.
+
+    Raises ValueError for a name in `columns` that is not in `arrow_schema(schema)` or is there twice.
     """
-    wanted = _projection(schema, None if columns is None else tuple(columns))
-    if not value:
-        raise Poison("arrow", "empty message")
-    try:
-        plan = inspect_stream(value)
-        if plan.num_batches != 1:
-            raise Poison("arrow", f"{plan.num_batches} record batches, not 1")
-        if plan.decoded_bytes > MAX_DECODED_BYTES:
-            raise Poison("size", f"decompresses to {plan.decoded_bytes} bytes, more than {MAX_DECODED_BYTES}")
-        places, order = _locate(value[: plan.schema_bytes], wanted)
-        options = pa.ipc.IpcReadOptions(included_fields=places, use_threads=False)
-        with pa.ipc.open_stream(value, options=options) as reader:
-            batch = reader.read_next_batch()
-        batch.validate(full=True)
-        found = batch.columns  # a new list of new objects at each access
-        columns_found = [found[place] for place in order]
-        picked = pa.RecordBatch.from_arrays(columns_found, schema=wanted.arrow)
-    except (pa.ArrowException, ValueError, LookupError, OSError, MemoryError, OverflowError) as error:
-        raise Poison("arrow", str(error)[:MAX_DETAIL_CHARS]) from None
-    for column, check in zip(columns_found, wanted.checks, strict=True):
-        check(column)
-    for members, max_length in wanted.sequences:
-        _check_lengths(picked, members, max_length)
-    return picked
 
-
-class _Projection:
-    """Some columns of `arrow_schema(schema)`, and what to check of the values of each."""
-
-    def __init__(self, schema: FeatureSchema, names: tuple[str, ...]) -> None:
+    def __init__(self, schema: FeatureSchema, columns: Sequence[str] | None = None) -> None:
         expected = arrow_schema(schema)
+        names = list(expected.names if columns is None else columns)
         unknown = [name for name in names if name not in expected.names]
         if unknown or len(set(names)) != len(names):
             known = ", ".join(expected.names)
-            raise ValueError(f"columns {unknown or list(names)} are unknown or repeated; known: {known}")
-        self.arrow = pa.schema([expected.field(name) for name in names])
-        self.checks = [_check(field, schema) for field in self.arrow]
-        columns = {s: [s.column(f) for f in [*(f.name for f in s.fields), "time"]] for s in schema.sequences}
-        members = [([names.index(c) for c in own if c in names], s.max_length) for s, own in columns.items()]
-        self.sequences = [(places, max_length) for places, max_length in members if places]
+            raise ValueError(f"columns {unknown or names} are unknown or repeated; known: {known}")
+        self._wanted = pa.schema([expected.field(name) for name in names])
+        self._checks = [_check(field, schema) for field in self._wanted]
+        members = {s: [s.column(f) for f in [*(f.name for f in s.fields), "time"]] for s in schema.sequences}
+        places = [([names.index(c) for c in own if c in names], s.max_length) for s, own in members.items()]
+        self._sequences = [(own, max_length) for own, max_length in places if own]
+        self._located: dict[bytes, tuple[list[int], list[int]]] = {}
+
+    def decode(self, value: bytes | None) -> pa.RecordBatch:
+        """The columns of one message. Columns that the schema does not know are skipped.
+
+        Raises Poison: `schema` for a missing or retyped column, `arrow` for bytes that are not exactly one valid record
+        batch, `size` for one that would decompress to more than MAX_DECODED_BYTES, `domain` for an unknown domain,
+        `sequence` for one that is too long or whose columns differ in length.
+        """
+        if not value:
+            raise Poison("arrow", "empty message")
+        try:
+            plan = inspect_stream(value)
+            if plan.num_batches != 1:
+                raise Poison("arrow", f"{plan.num_batches} record batches, not 1")
+            size = decoded_bytes(value, plan.compressed)
+            if size > MAX_DECODED_BYTES:
+                raise Poison("size", f"decompresses to {size} bytes, more than {MAX_DECODED_BYTES}")
+            with self.open(value, value[: plan.schema_bytes]) as reader:
+                batch = reader.read_next_batch()
+            batch.validate(full=True)
+        except ARROW_ERRORS as error:
+            raise Poison("arrow", str(error)[:MAX_DETAIL_CHARS]) from None
+        return self.checked(batch, value[: plan.schema_bytes])
+
+    def open(self, stream: bytes | pa.Buffer, schema_message: bytes) -> pa.ipc.RecordBatchStreamReader:
+        """A reader of the fields that are wanted. Raises Poison if one is missing or retyped, or one of ARROW_ERRORS."""
+        included, _ = self._locate(schema_message)
+        return pa.ipc.open_stream(stream, options=pa.ipc.IpcReadOptions(included_fields=included, use_threads=False))
+
+    def checked(self, batch: pa.RecordBatch, schema_message: bytes) -> pa.RecordBatch:
+        """The columns of a valid batch that `open` read, in the order wanted. Raises Poison unless all may be used."""
+        found = batch.columns  # a new list of new objects at each access
+        columns = [found[place] for place in self._locate(schema_message)[1]]
+        for column, check in zip(columns, self._checks, strict=True):
+            check(column)
+        for members, max_length in self._sequences:
+            _check_lengths(self._wanted.names, columns, members, max_length)
+        return pa.RecordBatch.from_arrays(columns, schema=self._wanted)
+
+    def _locate(self, schema_message: bytes) -> tuple[list[int], list[int]]:
+        """The fields to read of a stream with this schema message, and where each wanted column is among them."""
+        located = self._located.get(schema_message)
+        if located is None:
+            located = _locate(schema_message, self._wanted)
+            if len(self._located) >= MAX_WRITERS:
+                self._located.clear()
+            self._located[schema_message] = located
+        return located
 
 
 @lru_cache(maxsize=64)
-def _projection(schema: FeatureSchema, names: tuple[str, ...] | None) -> _Projection:
-    return _Projection(schema, tuple(arrow_schema(schema).names) if names is None else names)
+def _decoder(schema: FeatureSchema, columns: tuple[str, ...] | None) -> ExampleDecoder:
+    return ExampleDecoder(schema, columns)
 
 
-@lru_cache(maxsize=64)
-def _locate(schema_message: bytes, wanted: _Projection) -> tuple[list[int], list[int]]:
-    """The fields to read of a stream with this schema message, and where each wanted column is among them.
-
-    Raises Poison if a column is missing or retyped.
-    """
+def _locate(schema_message: bytes, wanted: pa.Schema) -> tuple[list[int], list[int]]:
+    """Raises Poison if a column is missing or retyped."""
     found = pa.ipc.read_schema(pa.py_buffer(schema_message))
     indices: list[int] = []
     problems = []
-    for field in wanted.arrow:
+    for field in wanted:
         places = found.get_all_field_indices(field.name)
         if len(places) != 1:
             problems.append(f"{field.name} is there {len(places)} times")
@@ -197,7 +221,7 @@ def _locate(schema_message: bytes, wanted: _Projection) -> tuple[list[int], list
             problems.append(f"{field.name} is {found.field(places[0]).type}, not {field.type}")
         indices.extend(places)
     if problems:
-        text = f"{'; '.join(problems)}\nwanted: {_describe(wanted.arrow)}\nfound: {_describe(found)}"
+        text = f"{'; '.join(problems)}\nwanted: {_describe(wanted)}\nfound: {_describe(found)}"
         raise Poison("schema", text[:MAX_DETAIL_CHARS])
     return sorted(indices), [sorted(indices).index(index) for index in indices]
 
@@ -231,17 +255,16 @@ def _no_nulls(name: str, column: pa.Array) -> None:
 
 def _check_lists(name: str, column: pa.Array, inner: Callable[[pa.Array], None]) -> None:
     _no_nulls(name, column)
-    inner(column.values)
+    inner(column.flatten())
 
 
-def _check_lengths(batch: pa.RecordBatch, members: list[int], max_length: int) -> None:
+def _check_lengths(names: list[str], columns: list[pa.Array], members: list[int], max_length: int) -> None:
     """The columns of one sequence have the same lengths, at most `max_length`."""
-    names = batch.schema.names
-    lengths = np.diff(batch.column(members[0]).offsets.to_numpy())
+    lengths = np.diff(columns[members[0]].offsets.to_numpy())
     if lengths.size and lengths.max() > max_length:
         raise Poison("sequence", f"{names[members[0]]} has {lengths.max()} events, max_length is {max_length}")
     for place in members[1:]:
-        if not np.array_equal(np.diff(batch.column(place).offsets.to_numpy()), lengths):
+        if not np.array_equal(np.diff(columns[place].offsets.to_numpy()), lengths):
             raise Poison("sequence", f"{names[members[0]]} and {names[place]} differ in length")
 
 

@@ -1,0 +1,104 @@
+"""Several `examples` messages decoded at once: most of the cost of a small message is per message and column.
+
+Messages of one writer start with the same schema message, and an Arrow IPC stream may replace its dictionaries before
+every record batch. So the messages of a poll, less the later schema messages, are one stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import pyarrow as pa
+
+from das import examples
+from das.arrow_guard import Buffers, decoded_bytes, inspect_stream
+from das.errors import Poison
+from das.examples import ARROW_ERRORS, ExampleDecoder
+
+END_BYTES = 8
+"""The end of an IPC stream: a continuation mark and length 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class PollRows:
+    """The rows of one message: [first, first + num_rows) of `poll`, which it may share with other messages."""
+
+    poll: pa.RecordBatch
+    first: int
+    num_rows: int
+
+    @property
+    def batch(self) -> pa.RecordBatch:
+        """The rows alone, without a copy."""
+        return self.poll.slice(self.first, self.num_rows)
+
+
+def decode_poll(values: Sequence[bytes | None], decoder: ExampleDecoder) -> list[PollRows | Poison]:
+    """What `decoder.decode` makes of each value: its rows, or the Poison it raises.
+
+    One value that is poison or has an unusual layout makes this decode all of them one by one.
+    """
+    if len(values) > 1:
+        try:
+            return [*_together(values, decoder)]
+        except (Poison, *ARROW_ERRORS):
+            pass
+    return [_alone(value, decoder) for value in values]
+
+
+def _alone(value: bytes | None, decoder: ExampleDecoder) -> PollRows | Poison:
+    try:
+        batch = decoder.decode(value)
+    except Poison as poison:
+        return poison
+    return PollRows(batch, 0, batch.num_rows)
+
+
+def _together(values: Sequence[bytes | None], decoder: ExampleDecoder) -> list[PollRows]:
+    """All values through one reader, their columns concatenated. Raises Poison or one of ARROW_ERRORS if it cannot."""
+    stream, schema_message = _splice(values)
+    with decoder.open(stream, schema_message) as reader:
+        batches = list(reader)
+    if len(batches) != len(values):
+        raise ValueError(f"{len(batches)} record batches in {len(values)} messages")
+    table = pa.Table.from_batches(batches)
+    table.validate(full=True)
+    (whole,) = table.combine_chunks().to_batches()
+    poll = decoder.checked(whole, schema_message)
+    ends = list(accumulate(batch.num_rows for batch in batches))
+    return [PollRows(poll, end - batch.num_rows, batch.num_rows) for end, batch in zip(ends, batches, strict=True)]
+
+
+def _splice(values: Sequence[bytes | None]) -> tuple[pa.Buffer, bytes]:
+    """The values as one stream, and its schema message.
+
+    Raises ValueError unless each has the same schema message, one record batch, and all of its dictionaries before that
+    (it would else be read with those of the message before), and all together decompress to MAX_DECODED_BYTES at most.
+    """
+    plans = [inspect_stream(value or b"") for value in values]
+    first = plans[0]
+    start = first.schema_bytes
+    head = (values[0] or b"")[:start]
+    pieces: list[bytes | memoryview] = [head]
+    compressed: list[Buffers] = []
+    size = start
+    for value, plan in zip(values, plans, strict=True):
+        assert value is not None
+        if not value.startswith(head) or plan.num_batches != 1 or plan.dictionaries != first.dictionaries:
+            raise ValueError("the messages are of different kinds")
+        moved = size - start
+        compressed += [Buffers(pairs + moved, count, body + moved) for pairs, count, body in plan.compressed]
+        pieces.append(memoryview(value)[start:-END_BYTES])
+        size += len(pieces[-1])
+    if first.dictionaries is None:
+        raise ValueError("the messages have an unusual layout")
+    pieces.append(memoryview(values[-1] or b"")[-END_BYTES:])
+    stream = pa.allocate_buffer(size + END_BYTES)
+    place, target = 0, memoryview(stream).cast("B")
+    for piece in pieces:
+        target[place : (place := place + len(piece))] = piece
+    if decoded_bytes(stream, compressed) > examples.MAX_DECODED_BYTES:
+        raise ValueError("the messages are too large to decode together")
+    return stream, head
