@@ -26,10 +26,10 @@ _I64 = struct.Struct("<q")
 
 
 class Buffers(NamedTuple):
-    """The compressed buffers of one record batch: where their (offset, length) pairs are, how many, where the body is."""
+    """The compressed buffers of a record batch: where their (offset, length) pairs are, how many; where the body is."""
 
     pairs: int
-    count: int
+    number: int
     body: int
 
 
@@ -107,9 +107,9 @@ def decoded_bytes(stream: bytes | pa.Buffer, compressed: Sequence[Buffers]) -> i
     """
     if not compressed:
         return 0
-    pairs = np.concatenate([np.frombuffer(stream, "<i8", 2 * each.count, each.pairs) for each in compressed])
+    pairs = np.concatenate([np.frombuffer(stream, "<i8", 2 * each.number, each.pairs) for each in compressed])
     offsets, lengths = pairs.reshape(-1, 2).T
-    bodies = np.repeat([each.body for each in compressed], [each.count for each in compressed])
+    bodies = np.repeat([each.body for each in compressed], [each.number for each in compressed])
     last = len(stream) - _I64.size
     offsets, bodies = offsets[lengths != 0], bodies[lengths != 0]
     if not ((offsets >= 0) & (offsets <= last - bodies)).all():

@@ -17,6 +17,8 @@ from das.arrow_guard import Buffers, decoded_bytes, inspect_stream
 from das.errors import Poison
 from das.examples import ARROW_ERRORS, ExampleDecoder
 
+MAX_TOGETHER_BYTES = 64 << 20
+"""A poll of more bytes is decoded one by one: its messages are large, and little would be won by copying them."""
 END_BYTES = 8
 """The end of an IPC stream: a continuation mark and length 0."""
 
@@ -40,7 +42,7 @@ def decode_poll(values: Sequence[bytes | None], decoder: ExampleDecoder) -> list
 
     One value that is poison or has an unusual layout makes this decode all of them one by one.
     """
-    if len(values) > 1:
+    if len(values) > 1 and sum(len(value or b"") for value in values) <= MAX_TOGETHER_BYTES:
         try:
             return [*_together(values, decoder)]
         except (Poison, *ARROW_ERRORS):

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
-import pyarrow as pa
 import xxhash
 
 from das.deadline import Deadline
 from das.errors import Poison
+from das.example_poll import PollRows, decode_poll
 from das.examples import (
     END_OF_STREAM,
     FORMAT,
@@ -23,7 +23,7 @@ from das.examples import (
     HEADER_JOIN,
     HEADER_ROWS,
     HEADER_SEQ,
-    decode_examples,
+    ExampleDecoder,
 )
 from das.join_state import JoinState
 from das.position import Position, Positions
@@ -40,12 +40,12 @@ LOOK_BACK = 64
 
 @dataclass(frozen=True, slots=True)
 class ExampleMessage:
-    """One message: `batch` has the projected columns; `checksum` is xxh64 of the whole Kafka value."""
+    """One message: `rows` has the projected columns; `checksum` is xxh64 of the whole Kafka value."""
 
     partition: int
     offset: int
     seq: int
-    batch: pa.RecordBatch
+    rows: PollRows
     checksum: int
     appended_ms: int
 
@@ -111,8 +111,8 @@ class ExampleSource:
     ) -> None:
         self._source = source
         self._topic = topic
-        self._schema = schema
-        self._columns = columns
+        self._decoder = ExampleDecoder(schema, columns)
+        self._picked: list[tuple[Record, _Head]] = []
         self._quarantine = quarantine
         self._telemetry = telemetry
         self._idle_s = idle_s
@@ -193,18 +193,21 @@ class ExampleSource:
 
     def _merge(self, max_messages: int) -> list[ExampleMessage]:
         messages: list[ExampleMessage] = []
-        while len(messages) < max_messages and not self._pop_end(delivered=bool(messages)):
+        while not messages and self._pick(max_messages):
+            messages = self._decode_picked()
+        return messages
+
+    def _pick(self, max_messages: int) -> bool:
+        """Take the next records off the lanes; False if there are none. Those of a poll that failed are still there."""
+        while len(self._picked) < max_messages and not self._pop_end(delivered=bool(self._picked)):
             lane = self._next_lane()
             if lane is None:
                 break
             record, head = lane.queue.popleft()
             lane.next, lane.delivered_ms = record.offset + 1, record.timestamp_ms
             self.ended = False
-            try:
-                messages.append(self._decode(record, head))
-            except Poison as poison:
-                self._reject(record, poison)
-        return messages
+            self._picked.append((record, head))
+        return bool(self._picked)
 
     def _next_lane(self) -> _Lane | None:
         """The lane whose first message comes next, or None while a lane that could come before is awaited."""
@@ -233,15 +236,26 @@ class ExampleSource:
             self.ended = True
         return True
 
-    def _decode(self, record: Record, head: _Head) -> ExampleMessage:
-        value = record.value or b""
-        batch = decode_examples(value, self._schema, self._columns)
-        if batch.num_rows != head.rows:
-            raise Poison("rows", f"{batch.num_rows} rows, the header says {head.rows}")
+    def _decode_picked(self) -> list[ExampleMessage]:
+        decoded = decode_poll([record.value for record, _ in self._picked], self._decoder)
+        messages = []
+        for (record, head), rows in zip(self._picked, decoded, strict=True):
+            try:
+                messages.append(self._message(record, head, rows))
+            except Poison as poison:
+                self._reject(record, poison)
+        self._picked = []
+        return messages
+
+    def _message(self, record: Record, head: _Head, rows: PollRows | Poison) -> ExampleMessage:
+        if isinstance(rows, Poison):
+            raise rows
+        if rows.num_rows != head.rows:
+            raise Poison("rows", f"{rows.num_rows} rows, the header says {head.rows}")
         self._telemetry.count("exfm_records_total", topic=record.topic, outcome="accepted")
         self._quarantine.passed(record.topic, 1)
-        checksum = xxhash.xxh64_intdigest(value)
-        return ExampleMessage(record.partition, record.offset, head.seq, batch, checksum, record.timestamp_ms)
+        checksum = xxhash.xxh64_intdigest(record.value or b"")
+        return ExampleMessage(record.partition, record.offset, head.seq, rows, checksum, record.timestamp_ms)
 
     def _reject(self, record: Record, poison: Poison, *, again: bool = False) -> None:
         if again:  # read only to learn the sequence number: it was quarantined when it was first read

@@ -178,7 +178,7 @@ class ExampleDecoder:
         return self.checked(batch, value[: plan.schema_bytes])
 
     def open(self, stream: bytes | pa.Buffer, schema_message: bytes) -> pa.ipc.RecordBatchStreamReader:
-        """A reader of the fields that are wanted. Raises Poison if one is missing or retyped, or one of ARROW_ERRORS."""
+        """A reader of the wanted fields. Raises Poison if one is missing or retyped, or one of ARROW_ERRORS."""
         included, _ = self._locate(schema_message)
         return pa.ipc.open_stream(stream, options=pa.ipc.IpcReadOptions(included_fields=included, use_threads=False))
 
@@ -254,8 +254,10 @@ def _no_nulls(name: str, column: pa.Array) -> None:
 
 
 def _check_lists(name: str, column: pa.Array, inner: Callable[[pa.Array], None]) -> None:
+    """The values that some list has: those between or beyond the lists are nobody's."""
     _no_nulls(name, column)
-    inner(column.flatten())
+    offsets = column.offsets.to_numpy() if len(column) else np.zeros(1, np.int32)
+    inner(column.values.slice(int(offsets[0]), int(offsets[-1] - offsets[0])))
 
 
 def _check_lengths(names: list[str], columns: list[pa.Array], members: list[int], max_length: int) -> None:

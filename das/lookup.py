@@ -99,7 +99,7 @@ class LogitLookup:
         When the stop event is set, the answer may be cut short: messages not decided by then are None and not counted,
         so do not train on them. Raises Fatal only (wrong credentials, a server that refuses our commands).
         """
-        counted = [message.batch.num_rows for message in messages] if rows is None else rows
+        counted = [message.rows.num_rows for message in messages] if rows is None else rows
         assert len(counted) == len(messages)
         call = _Call(messages, counted, {}, [None] * len(messages))
         for index, message in enumerate(messages):
@@ -171,7 +171,7 @@ class LogitLookup:
         rows, heads = block.logits.shape
         if block.schema_fingerprint != self._fingerprint or heads != self._num_heads:
             call.missed[index] = "schema"
-        elif rows != message.batch.num_rows:
+        elif rows != message.rows.num_rows:
             call.missed[index] = "rows"
         elif block.message_checksum != message.checksum:
             call.missed[index] = "message"

@@ -109,9 +109,7 @@ class Batch:
 
     @staticmethod
     def concat(parts: Sequence[Batch]) -> Batch:
-        """Rows of all parts in order; `parts` is not empty and comes from one encoder."""
-        if len(parts) == 1:
-            return parts[0]
+        """Rows of all parts in order, a copy; `parts` is not empty and comes from one encoder."""
         return Batch(
             cat_BC=torch.cat([p.cat_BC for p in parts]),
             num_BN=torch.cat([p.num_BN for p in parts]),

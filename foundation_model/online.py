@@ -25,6 +25,7 @@ from das.logit_store import PutResult
 from das.position import Position, Positions
 from das.telemetry import NullTelemetry, Telemetry
 from foundation_model.batch import Batch
+from foundation_model.poll import encode_messages
 from foundation_model.results import Ages, write_results
 from foundation_model.snapshot_folder import SnapshotFolder
 from foundation_model.trainer import TeacherTrainer, publish_metrics
@@ -78,7 +79,7 @@ class TeacherLoop:
         self._results = results
         self._telemetry = telemetry or NullTelemetry()
         self._stop_at_end = stop_at_end
-        self._queue: deque[ExampleMessage] = deque()
+        self._queue: deque[tuple[ExampleMessage, Batch]] = deque()
         self._since_snapshot = 0
         self._saved_version = trainer.version
         self._blocks = {"written": 0, "identical": 0, "refused": 0, "withheld": 0}
@@ -111,25 +112,26 @@ class TeacherLoop:
                 stop.wait(POLL_S)
         self._save_if_new()
 
-    def _next_messages(self, stop: threading.Event) -> list[ExampleMessage]:
+    def _next_messages(self, stop: threading.Event) -> list[tuple[ExampleMessage, Batch]]:
         """Exactly `messages_per_step` messages, or what is left at an end of stream: cut by position, never by time."""
         wanted = self._trainer.config.messages_per_step
         while len(self._queue) < wanted and not stop.is_set():
             polled = self._patiently(lambda: self._source.poll(POLL_S, max(wanted, POLL_MESSAGES)), stop)
-            self._queue.extend(polled or ())
+            encoded = encode_messages(self._trainer.encoder, [message.rows for message in polled or ()])
+            self._queue.extend(zip(polled or (), encoded, strict=True))
             if self._source.ended:
                 break
         if stop.is_set():
             return []
         return [self._queue.popleft() for _ in range(min(wanted, len(self._queue)))]
 
-    def _step(self, messages: Sequence[ExampleMessage], stop: threading.Event) -> bool:
+    def _step(self, encoded: Sequence[tuple[ExampleMessage, Batch]], stop: threading.Event) -> bool:
         """Score, store, train, save: the durable order. False if asked to stop before anything was stored."""
         began_s = time.monotonic()
+        messages = [message for message, _ in encoded]
         self._check_order(messages)
         fault.point("teacher.after_poll")
-        parts = [self._trainer.encoder.encode(m.batch) for m in messages]
-        batch = Batch.concat(parts)
+        batch = Batch.concat([part for _, part in encoded])
         on_device = batch.to(self._trainer.device)
         scored_BK = self._trainer.score(on_device)  # 1. score with weights that never saw these rows
         logits_BK = scored_BK.detach().cpu().numpy()
@@ -168,7 +170,7 @@ class TeacherLoop:
         watermarks: dict[int, int] = {}
         first = 0
         for message in messages:
-            rows = slice(first, first := first + message.batch.num_rows)
+            rows = slice(first, first := first + message.rows.num_rows)
             own = blocks.setdefault(message.partition, {})
             watermarks[message.partition] = message.offset + 1
             if np.isfinite(logits_BK[rows]).all():

@@ -9,7 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from das.logit_block import LogitBlock
 from das.lookup import LogitLookup
 from das.position import Position, Positions
 from das.telemetry import NullTelemetry, Telemetry
+from foundation_model.batch import Batch
+from foundation_model.poll import encode_messages
 from foundation_model.results import Ages, write_results
 from foundation_model.snapshot_folder import SnapshotFolder
 from vertical_models import checkpoint
@@ -33,11 +38,22 @@ from vertical_models.trainer import StudentTrainer
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
-POLL_MESSAGES = 4
+POLL_MESSAGES = 16
+"""Decoded and encoded together."""
+LOOKUP_MESSAGES = 4
 """Few: their logits are waited for together."""
 RETRY_S = 1.0
 GAUGES_EVERY_STEPS = 20
 AGES_PER_STEP = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A message, the indices of the student's rows in it, and those rows encoded; None if there are none."""
+
+    message: ExampleMessage
+    rows: np.ndarray
+    batch: Batch | None
 
 
 class StudentLoop:
@@ -69,6 +85,7 @@ class StudentLoop:
         self._stop_at_end = stop_at_end
         self._buffer = RowBuffer(dict(resumed.positions))
         self._next = dict(resumed.positions)  # what is read, ahead of what is trained
+        self._read: deque[_Read] = deque()  # what is read and not in the buffer
         self._misses = resumed.misses
         self._saved_steps = trainer.counts.steps
         self._finished_steps = -1
@@ -93,7 +110,7 @@ class StudentLoop:
             self._fill(stop)
             while len(self._buffer) >= batch_rows and not stop.is_set():
                 self._step(batch_rows)
-            if self._source.ended and not stop.is_set():
+            if self._source.ended and not self._read and not stop.is_set():
                 self._finish()
                 if self._stop_at_end:
                     return
@@ -101,17 +118,27 @@ class StudentLoop:
         self._save_if_new()
 
     def _fill(self, stop: threading.Event) -> None:
-        """Read messages and decide, once, which of them have logits."""
-        messages = self._poll(stop)  # 1. read
+        """Read messages and decide, once, which of the next few have logits."""
+        if not self._read:
+            self._encode(self._poll(stop))  # 1. read
         fault.point("student.after_poll")
-        rows = [self._own_rows(message) for message in messages]
-        wanted = [(m, len(own)) for m, own in zip(messages, rows, strict=True) if len(own)]
-        blocks = self._attach(wanted)  # 2. a bounded wait
+        few = list(islice(self._read, LOOKUP_MESSAGES))
+        blocks = self._attach([(read.message, len(read.rows)) for read in few if len(read.rows)])  # 2. a bounded wait
         if stop.is_set():
             return  # the wait may have been cut short: nothing is decided, and nothing of this is trained
         fault.point("student.after_lookup")
+        for read in few:
+            self._read.popleft()
+            message = read.message
+            self._buffer.add(self._segment(read, blocks.get((message.partition, message.offset))))
+
+    def _encode(self, messages: Sequence[ExampleMessage]) -> None:
+        """Queue messages with their own rows encoded, all in one pass."""
+        rows = [self._own_rows(message) for message in messages]
+        mine = [(message.rows, own) for message, own in zip(messages, rows, strict=True) if len(own)]
+        batches = iter(encode_messages(self._trainer.encoder, *zip(*mine, strict=True)) if mine else ())
         for message, own in zip(messages, rows, strict=True):
-            self._buffer.add(self._segment(message, own, blocks.get((message.partition, message.offset))))
+            self._read.append(_Read(message, own, next(batches) if len(own) else None))
 
     def _step(self, rows: int) -> None:
         """Train on the next rows, and save when it is time."""
@@ -185,17 +212,17 @@ class StudentLoop:
                 f"{self._next[message.partition]}; its rows were trained already"
             )
         self._next[message.partition] = Position(message.offset + 1)
-        column = message.batch.column("domain")
+        column = message.rows.batch.column("domain")
         mine = np.array([name in self._allowed for name in column.dictionary.to_pylist()], bool)
-        keep = mine[column.indices.to_numpy()] if len(mine) else np.zeros(message.batch.num_rows, bool)
+        keep = mine[column.indices.to_numpy()] if len(mine) else np.zeros(message.rows.num_rows, bool)
         keep[:first] = False
         return np.flatnonzero(keep)
 
-    def _segment(self, message: ExampleMessage, rows: np.ndarray, block: LogitBlock | None) -> Segment:
-        """The student's rows of one message, encoded."""
-        if not len(rows):
+    def _segment(self, read: _Read, block: LogitBlock | None) -> Segment:
+        """The student's rows of one message with what the teacher says of them."""
+        message, rows, batch = read.message, read.rows, read.batch
+        if batch is None:
             return Segment(message.partition, message.offset, [], None, None, False)
-        batch = self._trainer.encoder.encode(message.batch, rows)
         if block is not None:
             gap_s = (batch.event_time_ms_B - block.trained_through_ms) / 1000
             self._freshness_gap.add(gap_s)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
+from das.example_poll import PollRows
 from das.example_source import ExampleMessage
 from das.logit_block import encode_block
 from das.logit_store import LogitStore, RedisConfig
@@ -29,12 +30,14 @@ SCHEMA = FeatureSchema.parse(
 def message(offset: int, partition: int = 0, rows: int = ROWS) -> ExampleMessage:
     batch = pa.record_batch({"user_id": pa.array(range(rows), pa.int64())})
     checksum = 1_000_000 * partition + offset + 7
-    return ExampleMessage(partition=partition, offset=offset, seq=offset, batch=batch, checksum=checksum, appended_ms=0)
+    return ExampleMessage(
+        partition=partition, offset=offset, seq=offset, rows=PollRows(batch, 0, rows), checksum=checksum, appended_ms=0
+    )
 
 
 def logits_of(m: ExampleMessage) -> np.ndarray:
     """What our teacher says of a message: a function of the message alone, so that a misplaced block shows."""
-    return np.full((m.batch.num_rows, 2), m.checksum % 251, np.float32) + np.arange(m.batch.num_rows)[:, None]
+    return np.full((m.rows.num_rows, 2), m.checksum % 251, np.float32) + np.arange(m.rows.num_rows)[:, None]
 
 
 def block_of(m: ExampleMessage, **changed: int) -> bytes:

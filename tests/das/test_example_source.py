@@ -137,8 +137,8 @@ def test_a_message_is_projected_and_identified(topic: Topic) -> None:
     value = topic.put(0, 0, 10, rows=5)
     topic.put(0, 1, 11)
     (message, _) = drain(topic.read({0: Position(0)}), 2)
-    assert message.batch.schema.names == list(COLUMNS)
-    assert (message.batch.num_rows, message.seq, message.checksum) == (5, 0, xxhash.xxh64_intdigest(value))
+    assert message.rows.batch.schema.names == list(COLUMNS)
+    assert (message.rows.batch.num_rows, message.seq, message.checksum) == (5, 0, xxhash.xxh64_intdigest(value))
     stored = read_tail(topic.config, TopicPartition(topic.name, 0), 2, Deadline.after(5))[0]
     assert message.appended_ms == stored.timestamp_ms
 

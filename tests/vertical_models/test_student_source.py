@@ -13,6 +13,7 @@ import pytest
 from student_case import SCHEMA, record_batch, student_config
 
 from das.errors import Fatal, Retryable
+from das.example_poll import PollRows
 from das.example_source import ExampleMessage
 from das.position import Position, Positions
 from das.telemetry import NullTelemetry
@@ -49,7 +50,7 @@ class Script:
 
 
 def _message(offset: int) -> ExampleMessage:
-    return ExampleMessage(0, offset, offset, record_batch(8, seed=offset), 0, 0)
+    return ExampleMessage(0, offset, offset, PollRows(record_batch(8, seed=offset), 0, 8), 0, 0)
 
 
 @contextmanager
