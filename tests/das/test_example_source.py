@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +11,7 @@ import xxhash
 from example_kit import joined, small_schema
 
 from das.deadline import Deadline
-from das.errors import Fatal
+from das.errors import Fatal, Retryable
 from das.example_source import ExampleMessage, ExampleSource, start_positions
 from das.examples import (
     END_OF_STREAM,
@@ -181,6 +182,25 @@ def test_a_bad_message_is_quarantined_and_its_neighbors_are_read(topic: Topic, c
     assert places(drain(topic.read({0: Position(0)}), 2)) == [(0, 0), (0, 2)]
     (bad,) = read_tail(topic.config, TopicPartition(topic.config.topics.quarantine, 0), 9, Deadline.after(5))
     assert (bad.headers["exfm-reason"], bad.headers["exfm-offset"]) == (reason, b"1")
+
+
+def test_a_quarantine_that_fails_loses_no_message_of_the_poll(topic: Topic, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seq, changes in enumerate(({}, {"value": b"bad"}, {})):
+        topic.put(0, seq, 10 + seq, **changes)
+    source, failures = topic.read({0: Position(0)}), [Retryable("the broker is away")]
+
+    def flush(quarantine: Quarantine) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(Quarantine, "flush", flush)
+    messages: list[ExampleMessage] = []
+    deadline = Deadline.after(8)
+    while len(messages) < 2 and not deadline.passed:
+        with contextlib.suppress(Retryable):
+            messages += source.poll(0.3, 3)
+    assert failures == []
+    assert places(messages) == [(0, 0), (0, 2)]
 
 
 def test_a_message_of_another_schema_names_both(topic: Topic) -> None:
