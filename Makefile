@@ -1,5 +1,6 @@
 # make demo   sets itself up and runs the whole loop on the bundled stream
 # make test   sets itself up and runs every check
+# make property   compares the join with its oracle in 10,000 random cases (make test: 600)
 # Overrides: PYTHON=/path/to/python3.11  VENV=folder  OUT=run folder of the demo  DEMO='--rows 5000' more demo options
 
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 PACKAGE := pyproject.toml requirements.lock
 
-.PHONY: help demo test venv venv-dev lock clean
+.PHONY: help demo test property venv venv-dev lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +28,9 @@ test: $(VENV)/.ready-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+property: $(VENV)/.ready-test
+	$(BIN)/pytest tests/das/test_join_property.py --hypothesis-profile=ten-thousand --timeout=3600
 
 # What users run, with the embedded broker and Redis.
 venv: $(VENV)/.ready-demo

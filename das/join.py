@@ -7,6 +7,9 @@ What leaves is a function of the two logs alone, however reading them interleave
 * Feedback counts if it is inside the row's and its objective's window and the row's release time is above the feedback
   log's watermark when the feedback is read. A row leaves when the join watermark reaches its release time, so no
   feedback that counts can come after its row.
+* With `release_positives_early`, a row whose labels are all positive leaves as soon as the join watermark reaches what
+  both logs show on their own: the times of the feedback that decided it, the feedback log's watermark before each, and
+  the impression log's before the impression. That is above any join watermark there was before the row was decided.
 * Rows leave in the order (release time, impression id) and are cut into messages by rows, bytes and event time.
 
 So a state rebuilt from the logs continues with the very same messages, and each impression leaves once.
@@ -14,15 +17,17 @@ So a state rebuilt from the logs continues with the very same messages, and each
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import Self
 
 import msgspec
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from das.config import Config
-from das.join_state import BEFORE_ALL, FEEDBACK, IMPRESSIONS, JoinState, ReleaseKey
+from das.errors import Fatal
+from das.join_memory import JoinMemory, Seen
+from das.join_state import BEFORE_ALL, FEEDBACK, IMPRESSIONS, NEVER_MS, JoinState, ReleaseKey
 from das.schema import FeatureSchema
 from das.watermark import SIDES, JoinWatermark
 
@@ -38,6 +43,15 @@ class JoinConfig(Config):
     dedup_ms: int = Field(600_000, ge=0)
     dedup_max: int = Field(1_000_000, ge=0)
     max_orphans: int = Field(200_000, ge=1)
+    release_positives_early: bool = False  # biases what is trained on at any moment towards positives
+
+    @model_validator(mode="after")
+    def _early_release_needs_the_logs_alone(self) -> Self:
+        if self.release_positives_early and self.idle_timeout_s is not None:
+            raise ValueError(
+                "release_positives_early needs idle_timeout_s: null, so that what leaves follows from the logs alone"
+            )
+        return self
 
 
 class Pending(msgspec.Struct, gc=False):
@@ -45,6 +59,8 @@ class Pending(msgspec.Struct, gc=False):
 
     event_time: int
     window: int
+    release_ms: int  # as things stand
+    decided_ms: int  # not to leave before, however it is labeled
     domain: str
     ingest_ms: int
     value: bytes
@@ -67,22 +83,6 @@ class Cut(msgspec.Struct, frozen=True):
     rows: list[ReleasedRow]
     state: JoinState
     end: bool
-
-
-class _Seen(msgspec.Struct, gc=False):
-    """An accepted id: where it was read, the greatest event time before it, the last release time under this id."""
-
-    offset: int
-    before_ms: int
-    release_ms: int
-
-
-class _Kept(NamedTuple):
-    """Feedback that is read again on recovery; `before_ms` is the greatest event time before it."""
-
-    offset: int
-    before_ms: int
-    impression_id: str
 
 
 class _Given(msgspec.Struct, frozen=True, gc=False):
@@ -113,20 +113,31 @@ class PartitionJoin:
         self.pending: dict[str, Pending] = {}
         self._heap: list[ReleaseKey] = []
         self._ready: list[ReleaseKey] = []
-        # by window, each in the order read: what waits long must not keep what waits briefly
-        self._seen: list[OrderedDict[str, _Seen]] = [OrderedDict() for _ in self._windows_ms]
-        self._kept_feedback: list[deque[_Kept]] = [deque() for _ in self._windows_ms]
+        self.memory = JoinMemory(len(self._windows_ms), config.dedup_ms, config.dedup_max)
         self._orphans: OrderedDict[str, list[_Given]] = OrderedDict()
         self.next = [0, 0]
         self._recovered_next, self._recovered_key = (0, 0), BEFORE_ALL
         self._key, self._seq, self._ends = BEFORE_ALL, 0, [0, 0]
+        self._early_after_ms = NEVER_MS if config.release_positives_early else None
         if state is not None:
             self.next = list(state.replay)
             self.watermark.max_event_ms = list(state.replay_max_ms)
             self._recovered_next, self._recovered_key = state.next, state.key
             self._key, self._seq, self._ends = state.key, state.seq + 1, list(state.ends)
+            self._early_after_ms = self._recovered_early(state)
             # an end that is read again says so itself
             self.watermark.ended = [state.ended[side] and state.replay[side] == state.next[side] for side in SIDES]
+
+    def _recovered_early(self, state: JoinState) -> int | None:
+        """The early rows' bound. Rows that left early are told by it, so it may only be dropped at an end."""
+        if not self._config.release_positives_early:
+            if state.early_after_ms is None or state.at_end:
+                return None
+            raise Fatal(
+                "joiner.release_positives_early was on, and rows that left early would leave again without it: "
+                "set it again, or end the stream first"
+            )
+        return state.key.release_ms if state.early_after_ms is None else state.early_after_ms
 
     @property
     def rebuilding(self) -> bool:
@@ -134,6 +145,11 @@ class PartitionJoin:
         return self.next[IMPRESSIONS] < self._recovered_next[IMPRESSIONS] or (
             self.next[FEEDBACK] < self._recovered_next[FEEDBACK]
         )
+
+    @property
+    def num_held(self) -> int:
+        """Impressions that take room: those that wait, and those that left before their windows passed."""
+        return len(self.pending) + len(self.memory.early)
 
     @property
     def at_end(self) -> bool:
@@ -173,19 +189,23 @@ class PartitionJoin:
         window = self._window(impression_id)
         key = ReleaseKey(event_time + self._windows_ms[window], impression_id)
         again = self.replayed(IMPRESSIONS, offset)
-        left = again and key <= self._recovered_key
-        seen = self._seen[window].get(impression_id)
-        if seen is not None and (impression_id in self.pending or seen.release_ms + self._config.dedup_ms > passed_ms):
+        left = again and (key <= self._recovered_key or offset < self._ends[IMPRESSIONS])
+        known = self.memory.seen[window]
+        seen = known.get(impression_id)
+        if seen is not None and (
+            impression_id in self.pending or self.memory.is_repeated(impression_id, seen, passed_ms)
+        ):
             seen.release_ms = max(seen.release_ms, key.release_ms)
             outcome = "duplicate"
         elif key.release_ms <= passed_ms or (key <= self._key and not left):
             outcome = "late"
         else:
             outcome = "accepted"
-            seen = self._seen[window].setdefault(impression_id, _Seen(offset, before_ms, key.release_ms))
+            seen = known.setdefault(impression_id, Seen(offset, before_ms, key.release_ms))
             seen.release_ms = max(seen.release_ms, key.release_ms)
             if not left:
-                self._wait(key, Pending(event_time, window, domain, ingest_ms, value))
+                row = Pending(event_time, window, key.release_ms, passed_ms + 1, domain, ingest_ms, value)
+                self._wait(key, row)
         if not again:
             self.counts["impressions", outcome] += 1
         return outcome
@@ -195,14 +215,17 @@ class PartitionJoin:
 
     def _wait(self, key: ReleaseKey, row: Pending) -> None:
         self.pending[key.impression_id] = row
+        self._push(key)
+        for given in self._orphans.pop(key.impression_id, ()):
+            self.num_orphans -= 1
+            self._label(key.impression_id, row, given)
+
+    def _push(self, key: ReleaseKey) -> None:
         heappush(self._heap, key)
         if self._ready and key < self._ready[-1]:
             for ready in self._ready:
                 heappush(self._heap, ready)
             self._ready.clear()
-        for given in self._orphans.pop(key.impression_id, ()):
-            self.num_orphans -= 1
-            self._label(row, given)
 
     def feedback(self, offset: int, impression_id: str, objective: str, event_time: int, value: float) -> None:
         """Take one feedback record: label its impression, or keep it until the impression is read."""
@@ -214,8 +237,8 @@ class PartitionJoin:
         given = _Given(self._objectives[objective], event_time, value > 0, passed_ms, counted)
         row, window = self.pending.get(impression_id), self._window(impression_id)
         if row is not None:
-            keep = self._label(row, given) == "joined" and given.positive
-        elif impression_id in self._seen[window]:
+            keep = self._label(impression_id, row, given) == "joined" and given.positive
+        elif impression_id in self.memory.seen[window]:
             self._count(given, "late")
             keep = False
         else:
@@ -225,9 +248,9 @@ class PartitionJoin:
             while self.num_orphans > self._config.max_orphans:
                 self._drop_oldest_orphans()
         if keep:
-            self._kept_feedback[window].append(_Kept(offset, before_ms, impression_id))
+            self.memory.keep(window, offset, before_ms, impression_id)
 
-    def _label(self, row: Pending, given: _Given) -> str:
+    def _label(self, impression_id: str, row: Pending, given: _Given) -> str:
         """Apply feedback to its pending impression; returns and counts what became of it."""
         bit = 1 << given.objective
         after_ms = given.event_time - row.event_time
@@ -235,21 +258,38 @@ class PartitionJoin:
             outcome = "unknown"
         elif after_ms < 0:
             outcome = "early"
-        elif (
-            after_ms > self._limits_ms[row.window][given.objective]
-            or row.event_time + self._windows_ms[row.window] <= given.passed_ms
-        ):
+        elif after_ms > self._limits_ms[row.window][given.objective] or row.release_ms <= given.passed_ms:
             outcome = "late"
         elif row.positive & bit:
             outcome = "duplicate" if given.positive else "contradicting"
         elif given.positive:
             outcome = "joined"
             row.positive |= bit
+            if self._early_after_ms is not None:
+                self._decide(impression_id, row, given)
         else:
             outcome = "duplicate" if row.negative & bit else "joined"
             row.negative |= bit
         self._count(given, outcome)
         return outcome
+
+    def _decide(self, impression_id: str, row: Pending, given: _Given) -> None:
+        """A row whose labels are all positive leaves early, or, if it is read again, has left."""
+        assert self._early_after_ms is not None
+        row.decided_ms = max(row.decided_ms, given.event_time, given.passed_ms + 1, self._early_after_ms + 1)
+        missing = any(applies and not (row.positive >> k) & 1 for k, applies in enumerate(self._applies[row.domain]))
+        if missing or row.decided_ms >= row.release_ms:
+            return
+        row.release_ms = row.decided_ms
+        key = ReleaseKey(row.release_ms, impression_id)
+        if key <= self._recovered_key:
+            del self.pending[impression_id]
+            self.memory.left_early(self._full_key(impression_id, row))
+        else:
+            self._push(key)
+
+    def _full_key(self, impression_id: str, row: Pending) -> ReleaseKey:
+        return ReleaseKey(row.event_time + self._windows_ms[row.window], impression_id)
 
     def _count(self, given: _Given, outcome: str) -> None:
         if given.counted:
@@ -267,7 +307,10 @@ class PartitionJoin:
             return None
         config, ready = self._config, self._ready
         while self._heap and self._heap[0].release_ms <= reached_ms and len(ready) <= config.batch_rows:
-            ready.append(heappop(self._heap))
+            key = heappop(self._heap)
+            row = self.pending.get(key.impression_id)
+            if row is not None and row.release_ms == key.release_ms:  # else it leaves, or has left, early
+                ready.append(key)
         num_rows = self._message_rows(reached_ms)
         if num_rows == 0 and (ready or not all(self.watermark.ended)):
             self._forget()
@@ -300,6 +343,9 @@ class PartitionJoin:
 
     def _release(self, key: ReleaseKey) -> ReleasedRow:
         row = self.pending.pop(key.impression_id)
+        full = self._full_key(key.impression_id, row)
+        if key != full:
+            self.memory.left_early(full)
         labels = tuple(
             (row.positive >> k) & 1 if applies else None for k, applies in enumerate(self._applies[row.domain])
         )
@@ -309,6 +355,8 @@ class PartitionJoin:
         while self._orphans:
             self._drop_oldest_orphans()
         self._ends = list(self.next)
+        if self._early_after_ms is not None:
+            self._early_after_ms = self._key.release_ms
         self.watermark.restart()
 
     def _forget(self) -> None:
@@ -319,34 +367,11 @@ class PartitionJoin:
             if max(g.event_time for g in given) + self._windows_ms[self._window(impression_id)] > passed_ms:
                 break
             self._drop_oldest_orphans()
-        for kept in self._kept_feedback:
-            while kept and kept[0].impression_id not in self.pending and kept[0].impression_id not in self._orphans:
-                kept.popleft()
-        for seen in self._seen:
-            while seen and not self._needed(*next(iter(seen.items())), passed_ms):
-                seen.popitem(last=False)
-        for _ in range(sum(map(len, self._seen)) - self._config.dedup_max - len(self.pending)):
-            first = [(next(iter(seen.items())), seen) for seen in self._seen if seen]
-            left = [(entry.offset, seen) for (name, entry), seen in first if name not in self.pending]
-            if not left:
-                break
-            min(left, key=lambda pair: pair[0])[1].popitem(last=False)
-
-    def _needed(self, impression_id: str, seen: _Seen, passed_ms: int) -> bool:
-        """Whether a record of this id would still be told to be a duplicate."""
-        again = seen.release_ms + self._config.dedup_ms > passed_ms or seen.release_ms >= self._key.release_ms
-        return again or impression_id in self.pending
+        self.memory.forget(self._key, passed_ms, self.pending, len(self.pending), self._orphans)
 
     def _state(self, first_release_ms: int) -> JoinState:
         """The state after everything that left so far."""
-        replay, before_ms = list(self.next), list(self.watermark.max_event_ms)
-        first = [next(iter(seen.values())) for seen in self._seen if seen]
-        if first:
-            oldest = min(first, key=lambda seen: seen.offset)
-            replay[IMPRESSIONS], before_ms[IMPRESSIONS] = oldest.offset, oldest.before_ms
-        given = [kept[0] for kept in self._kept_feedback if kept]
-        if given:
-            replay[FEEDBACK], before_ms[FEEDBACK], _ = min(given)
+        replay, before_ms = self.memory.replay(self.next, self.watermark.max_event_ms)
         state = JoinState(
             seq=self._seq,
             key=self._key,
@@ -357,6 +382,7 @@ class PartitionJoin:
             replay_max_ms=(before_ms[IMPRESSIONS], before_ms[FEEDBACK]),
             ends=(self._ends[IMPRESSIONS], self._ends[FEEDBACK]),
             ended=(self.watermark.ended[IMPRESSIONS], self.watermark.ended[FEEDBACK]),
+            early_after_ms=self._early_after_ms,
         )
         self._seq += 1
         return state

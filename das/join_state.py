@@ -27,12 +27,13 @@ class ReleaseKey(NamedTuple):
 BEFORE_ALL = ReleaseKey(NEVER_MS, "")
 
 
-class JoinState(msgspec.Struct, frozen=True, kw_only=True):
+class JoinState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """State of one partition after one message. Pairs are (impressions, feedback); offsets are the next to read.
 
     Rebuilding reads the inputs again from `replay`, where their greatest event times were `replay_max_ms`; rows up to
     `key` that were read before `next` have left. `ends` are the offsets after the last end-of-stream handed on;
-    `ended` says which input has ended since.
+    `ended` says which input has ended since. Rows whose labels are all positive leave early, but not up to
+    `early_after_ms`; None: none does.
     """
 
     seq: int
@@ -44,6 +45,7 @@ class JoinState(msgspec.Struct, frozen=True, kw_only=True):
     replay_max_ms: tuple[int, int]
     ends: tuple[int, int]
     ended: tuple[bool, bool]
+    early_after_ms: int | None = None
 
     @property
     def at_end(self) -> bool:

@@ -88,7 +88,7 @@ class JoinerLane:
 
     def full(self) -> bool:
         """Whether impressions must wait for rows to leave."""
-        return len(self.join.pending) >= self._max_pending
+        return self.join.num_held >= self._max_pending
 
     def _next_side(self, now_s: float, drained: Callable[[int], bool]) -> int | None:
         join, newest = self.join, self.join.watermark.max_event_ms

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import outside
 import pytest
 import redis
@@ -21,6 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# of the tests that ask for the profile's number of cases (tests/das/test_join_property.py)
+hypothesis.settings.register_profile("ten-thousand", max_examples=10_000)
 
 
 @pytest.fixture(scope="session")

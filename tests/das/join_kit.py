@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -28,13 +30,24 @@ def schema(**changes: Any) -> FeatureSchema:
     return FeatureSchema.model_validate(base | changes)
 
 
-def zipper() -> dict[str, Any]:
-    """The windows of SHARES."""
-    return {"salt": "s", "windows": [{"window_s": ms / 1000, "share": share} for ms, share in SHARES.items()]}
+def zipper(shares: dict[int, float]) -> dict[str, Any]:
+    return {"salt": "s", "windows": [{"window_s": ms / 1000, "share": share} for ms, share in shares.items()]}
 
 
 PLAIN = schema()
-ZIPPER = schema(zipper=zipper())
+ZIPPER = schema(zipper=zipper(SHARES))
+
+
+@lru_cache(maxsize=1000)
+def windows(click_ms: int, buy_ms: int, everywhere: bool, shorter: frozenset[int]) -> FeatureSchema:
+    """Other windows than PLAIN's; with Zipper if any of `shorter` is below the longer of them."""
+    full_ms = max(click_ms, buy_ms)
+    several = [*sorted(ms for ms in shorter if ms < full_ms), full_ms]
+    buy = {"name": "buy", "window_s": buy_ms / 1000, "domains": ["a", "b"] if everywhere else ["b"]}
+    return schema(
+        objectives=[{"name": "click", "window_s": click_ms / 1000}, buy],
+        zipper=zipper(dict.fromkeys(several, 1 / len(several))) if len(several) > 1 else None,
+    )
 
 
 def config(**changes: object) -> JoinConfig:
@@ -51,29 +64,36 @@ def oracle(imps: list[Imp], fbs: list[Fb], cfg: JoinConfig, schema: FeatureSchem
     lateness, accepted, last, newest = cfg.allowed_lateness_ms + 1, [], {}, -(10**9)
     for name, t, domain in imps:
         window = window_of(schema, name)
-        passed, newest, release = newest - lateness, max(newest, t), t + schema.windows_ms[window]
+        passed, newest, end = newest - lateness, max(newest, t), t + schema.windows_ms[window]
         if name in last and last[name] + cfg.dedup_ms > passed:
-            last[name] = max(last[name], release)
-        elif release > passed:
-            accepted.append((release, name, t, window, domain))
-            last[name] = max(last.get(name, release), release)
-    given, newest = [], -(10**9)
+            last[name] = max(last[name], end)
+        elif end > passed:
+            accepted.append((name, t, domain, window, end, passed))
+            last[name] = max(last.get(name, end), end)
+    given: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    newest = -(10**9)
     for name, objective, t, value in fbs:
-        given.append((name, objective, t, value, newest - lateness))
+        if value > 0:
+            given[name, objective].append((t, newest - lateness))
         newest = max(newest, t)
+    rows = []
+    for name, t, domain, window, end, before in accepted:
+        labels, decided = [], before + 1
+        for o in schema.objectives:
+            last_ms = min(t + o.window_ms, end)
+            hits = [max(f, p + 1) for f, p in given[name, o.name] if t <= f <= last_ms and p < end]
+            applies = o.domains is None or domain in o.domains
+            labels.append(int(bool(hits)) if applies else None)
+            decided = max([decided, *hits[:1]]) if applies else decided
+        early = cfg.release_positives_early and 1 in labels and 0 not in labels
+        rows.append((min(end, decided) if early else end, name, window, tuple(labels)))
     messages: Messages = []
     first = 0
-    for release, name, t, window, domain in sorted(accepted):
-        labels: list[int | None] = []
-        for objective in schema.objectives:
-            end = t + min(objective.window_ms, schema.windows_ms[window])
-            mine = [g for g in given if g[:2] == (name, objective.name)]
-            hit = any(v > 0 and t <= f <= end and release > passed for _, _, f, v, passed in mine)
-            labels.append(int(hit) if objective.domains is None or domain in objective.domains else None)
+    for release, name, window, labels in sorted(rows):
         if not messages or len(messages[-1]) == cfg.batch_rows or release > first + cfg.linger_ms:
             messages.append([])
             first = release
-        messages[-1].append((name, window, tuple(labels)))
+        messages[-1].append((name, window, labels))
     return messages
 
 
@@ -114,7 +134,7 @@ class Harness:
 
     def run(self, rng: random.Random, restarts: int = 0) -> None:
         for _ in range(100_000):
-            if self.join.at_end:
+            if self.join.at_end and self.join.next == [len(log) for log in self.logs]:
                 return
             sides = [side for side in (IMPRESSIONS, FEEDBACK) if self.readable(side)]
             side = rng.choice(sides) if sides else None

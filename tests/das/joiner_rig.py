@@ -45,6 +45,11 @@ SCHEMA: dict[str, Any] = {
     "objectives": [{"name": "click", "window_s": 2}, {"name": "buy", "window_s": 10, "domains": ["1"]}],
 }
 
+ZIPPER = {
+    **SCHEMA,
+    "zipper": {"salt": "rig", "windows": [{"window_s": 3, "share": 0.6}, {"window_s": 10, "share": 0.4}]},
+}
+
 
 def kafka_config(bootstrap: str, prefix: str, **changes: Any) -> KafkaConfig:
     topics = TopicsConfig(**{name: f"{prefix}-{name}" for name in TopicsConfig.model_fields})
@@ -56,8 +61,8 @@ def kafka_config(bootstrap: str, prefix: str, **changes: Any) -> KafkaConfig:
 class Stream:
     """Impressions 20 ms apart, about half with a click and a third with a buy, some of both too late to count."""
 
-    def __init__(self, count: int, seed: int = 1, start_ms: int = T0_MS) -> None:
-        rng = random.Random(seed)
+    def __init__(self, count: int, seed: int = 1, start_ms: int = T0_MS, *, schema: dict[str, Any] = SCHEMA) -> None:
+        rng, parsed = random.Random(seed), FeatureSchema.model_validate(schema)
         self.labels: dict[str, tuple[int, int | None]] = {}
         self.times: dict[str, int] = {}
         self.records: list[tuple[int, str, str, dict[str, Any]]] = []  # (time, topic, id, message)
@@ -68,12 +73,13 @@ class Stream:
             self.records.append((t, "impressions", name, message))
             self.times[name] = t
             found = []
+            row_ms = parsed.windows_ms[parsed.zipper.assign(name) if parsed.zipper else 0]
             for objective, window_ms in WINDOW_MS.items():
                 after_ms = rng.choice((None, 0, window_ms // 2, window_ms, window_ms + 1, window_ms + 500))
                 if after_ms is not None:
                     given = {"impression_id": name, "objective": objective, "event_time": t + after_ms, "value": 1}
                     self.records.append((t + after_ms, "feedback", name, given))
-                found.append(int(after_ms is not None and after_ms <= window_ms))
+                found.append(int(after_ms is not None and after_ms <= min(window_ms, row_ms)))
             self.labels[name] = (found[0], found[1] if domain == "1" else None)
         self.records.sort(key=lambda r: r[:3])
 
@@ -109,9 +115,10 @@ class Examples:
     """Everything in the examples topic. Messages whose seq was there before do not count, as for every reader."""
 
     def __init__(self, config: KafkaConfig) -> None:
-        schema = FeatureSchema.model_validate(SCHEMA)
+        schema = FeatureSchema.model_validate(ZIPPER)
         self.times_seen: Counter[str] = Counter()
         self.labels: dict[str, tuple[int, int | None]] = {}
+        self.windows: dict[str, int] = {}
         self.order: dict[int, list[tuple[int, str]]] = {}
         self.ends: Counter[int] = Counter()
         self.rows_per_message: list[int] = []
@@ -135,6 +142,7 @@ class Examples:
                     name = row["impression_id"]
                     self.times_seen[name] += 1
                     self.labels[name] = (row["click"], row["buy"])
+                    self.windows[name] = row["window"]
                     order.append((int(row["event_time"].timestamp() * 1000), name))
 
 
@@ -142,10 +150,17 @@ class Worker:
     """One joiner process."""
 
     def __init__(
-        self, folder: Path, config: KafkaConfig, joiner: dict[str, Any], faults: str = "", *, stop_at_end: bool = True
+        self,
+        folder: Path,
+        config: KafkaConfig,
+        joiner: dict[str, Any],
+        faults: str = "",
+        *,
+        schema: dict[str, Any] = SCHEMA,
+        stop_at_end: bool = True,
     ) -> None:
         settings = folder / f"worker-{time.monotonic_ns()}.json"
-        data = {"kafka": config.model_dump(mode="json"), "joiner": joiner, "stop_at_end": stop_at_end}
+        data = {"kafka": config.model_dump(mode="json"), "joiner": joiner, "schema": schema, "stop_at_end": stop_at_end}
         settings.write_text(json.dumps(data))
         self._log = settings.with_suffix(".log")
         with self._log.open("wb") as log:
@@ -241,7 +256,7 @@ def main(path: str) -> None:
     data = json.loads(Path(path).read_text())
     config = KafkaConfig.model_validate(data["kafka"])
     settings = JoinerConfig.model_validate({**JOINER, "group": config.topics.examples, **data["joiner"]})
-    schema = FeatureSchema.model_validate(SCHEMA)
+    schema = FeatureSchema.model_validate(data["schema"])
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     Joiner(config, schema, settings, RecordingTelemetry(), stop_at_end=data["stop_at_end"]).run(stop)

@@ -118,7 +118,7 @@ def test_memory_is_bounded() -> None:
         join.feedback(2 * i + 1, f"ghost{i}", "click", i * 10, 1.0)
         while join.cut(0.0) is not None:
             continue
-    sizes = [len(join.pending), join.num_orphans, len(join._seen), len(join._kept_feedback)]
+    sizes = [len(join.pending), join.num_orphans, len(join.memory.seen[0]), len(join.memory.kept[0])]
     assert all(n <= 120 for n in sizes), sizes
 
 
@@ -170,5 +170,5 @@ def test_a_row_that_waits_long_keeps_nothing_of_those_that_wait_briefly() -> Non
     harness.cut()
     join = harness.join
     assert sorted(join.pending) == sorted([long, last])
-    assert [len(seen) for seen in join._seen] == [1, 0, 2]  # the last one that left, and those that wait
-    assert [len(kept) for kept in join._kept_feedback] == [0, 0, 1]
+    assert [len(seen) for seen in join.memory.seen] == [1, 0, 2]  # the last one that left, and those that wait
+    assert [len(kept) for kept in join.memory.kept] == [0, 0, 1]

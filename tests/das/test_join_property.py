@@ -7,83 +7,43 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from join_kit import PLAIN, ZIPPER, Fb, Harness, Imp, config, oracle, window_of
+from join_kit import PLAIN, ZIPPER, Fb, Harness, Imp, config, oracle, window_of, windows
 
+from das.join import JoinConfig
 from das.join_state import FEEDBACK, IMPRESSIONS
 from das.schema import FeatureSchema
 
-ids = st.integers(0, 40).map("i{}".format)
-feedback = st.lists(
-    st.tuples(ids, st.sampled_from(("click", "buy")), st.integers(-20, 330), st.sampled_from((1.0, 0.0))), max_size=40
-)
-fresh = st.lists(
-    st.tuples(st.integers(0, 120), st.sampled_from("ab"), st.one_of(st.none(), st.integers(1, 40))), max_size=40
-)
+Logs = tuple[list[Imp], list[Fb]]
+WINDOWS_MS = (20, 50, 90, 200)
+OFFSETS_MS = (-5, 0, 5, 20, 21, 50, 51, 90, 91, 150, 200, 201, 260)
+"""Of feedback after its impression: the last moment of every window, and the first after it."""
 
 
 @st.composite
-def impressions(draw: st.DrawFn, reuse: bool = False) -> list[Imp]:
-    """A log roughly in event-time order with stragglers, and each record up to twice.
+def logs(draw: st.DrawFn, reuse: bool = False) -> tuple[list[Imp], list[Fb]]:
+    """Both logs, each roughly in event-time order with stragglers; impressions up to twice, feedback of no impression.
 
     The second one has the same event time (a producer that sent again), or any with `reuse`.
     """
     gap_ms = draw(st.integers(0, 25))
-    placed: list[tuple[float, Imp]] = []
-    for i, (jitter, domain, again) in enumerate(draw(fresh)):
-        record = (f"i{i}", i * gap_ms + jitter, domain)
-        placed.append((i, record))
+    imps: list[tuple[float, Imp]] = []
+    fbs: list[tuple[float, Fb]] = []
+    jitters = st.integers(0, 120)
+    outcomes = st.tuples(
+        st.sampled_from(("click", "buy")), st.sampled_from(OFFSETS_MS), jitters, st.sampled_from((1.0, 1.0, 1.0, 0.0))
+    )
+    rows = st.tuples(
+        jitters, st.sampled_from("ab"), st.one_of(st.none(), st.integers(1, 40)), st.lists(outcomes, max_size=3)
+    )
+    for i, (jitter_ms, domain, again, outcome_list) in enumerate(draw(st.lists(rows, max_size=40))):
+        record = (f"i{i}", i * gap_ms + jitter_ms, domain)
+        imps.append((i, record))
         if again is not None:
-            t = draw(st.integers(0, 1000)) if reuse else record[1]
-            placed.append((i + again + 0.5, (record[0], t, domain)))
-    return [record for _, record in sorted(placed, key=lambda p: p[0])]
-
-
-def spread(records: list[Fb], gap_ms: int) -> list[Fb]:
-    """Move feedback on in time by its place in the log."""
-    return [(name, objective, t + i * gap_ms, value) for i, (name, objective, t, value) in enumerate(records)]
-
-
-# the named profile of tests/conftest.py runs more, as `make property` does
-CASES = settings(
-    max_examples=max(300, settings().max_examples), deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-FEWER = settings(CASES, max_examples=CASES.max_examples // 3)
-schemas = st.sampled_from((PLAIN, ZIPPER))
-
-
-@CASES
-@given(schemas, impressions(), feedback, st.integers(0, 25), st.integers(0, 2**31), st.booleans())
-def test_output_equals_the_oracle_for_any_interleaving_and_restarts(
-    schema: FeatureSchema, imps: list[Imp], fbs: list[Fb], gap_ms: int, seed: int, restarts: bool
-) -> None:
-    harness = Harness(imps, spread(fbs, gap_ms), config(), schema)
-    harness.run(random.Random(seed), restarts=8 if restarts else 0)
-    assert harness.messages() == oracle(imps, spread(fbs, gap_ms), config(), schema)
-    assert [cut.state.seq for cut in harness.out] == list(range(len(harness.out)))
-    assert [cut.end for cut in harness.out] == [False] * (len(harness.out) - 1) + [True]
-
-
-@FEWER
-@given(schemas, impressions(reuse=True), feedback, st.integers(0, 25), st.integers(0, 2**31))
-def test_an_id_that_comes_again_inside_the_dedup_window_never_leaves_twice(
-    schema: FeatureSchema, imps: list[Imp], fbs: list[Fb], gap_ms: int, seed: int
-) -> None:
-    harness = Harness(imps, spread(fbs, gap_ms), config(dedup_ms=10**9), schema)
-    harness.run(random.Random(seed), restarts=8)
-    assert harness.messages() == oracle(imps, spread(fbs, gap_ms), config(dedup_ms=10**9), schema)
-
-
-@FEWER
-@given(schemas, impressions(), feedback, st.integers(0, 25), st.integers(0, 2**31))
-def test_every_record_is_counted_once(
-    schema: FeatureSchema, imps: list[Imp], fbs: list[Fb], gap_ms: int, seed: int
-) -> None:
-    harness = Harness(imps, spread(fbs, gap_ms), config(), schema)
-    harness.run(random.Random(seed))
-    totals = {topic: sum(n for (t, _), n in harness.join.counts.items() if t == topic) for topic in
-              ("impressions", "feedback")}  # fmt: skip
-    assert totals == {"impressions": len(imps), "feedback": len(fbs)}
-    assert harness.join.counts["impressions", "accepted"] == sum(map(len, harness.messages()))
+            imps.append((i + again + 0.5, (record[0], draw(st.integers(0, 1000)) if reuse else record[1], domain)))
+        for objective, after_ms, place_ms, value in outcome_list:
+            t = record[1] + after_ms
+            fbs.append((t + place_ms, (record[0] if place_ms != 1 else f"ghost{i}", objective, t, value)))
+    return [r for _, r in sorted(imps, key=lambda p: p[0])], [r for _, r in sorted(fbs, key=lambda p: p[0])]
 
 
 def long_logs(rng: random.Random) -> tuple[list[Imp], list[Fb]]:
@@ -107,15 +67,76 @@ def long_logs(rng: random.Random) -> tuple[list[Imp], list[Fb]]:
     return [r for _, r in sorted(imps, key=lambda p: p[0])], [r for _, r in sorted(fbs, key=lambda p: p[0])]
 
 
-@pytest.mark.parametrize("schema", [PLAIN, ZIPPER], ids=["one window", "zipper"])
-@pytest.mark.parametrize("block", range(4))
-def test_long_logs_with_many_restarts_equal_the_oracle(block: int, schema: FeatureSchema) -> None:
-    for seed in range(100 * block, 100 * (block + 1)):
+# the profile of `make property` (tests/conftest.py) runs more
+CASES = settings(
+    max_examples=max(600, settings().max_examples), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+FEWER = settings(CASES, max_examples=CASES.max_examples // 4)
+seeds = st.integers(0, 2**31)
+some_logs = st.one_of(logs(), seeds.map(lambda seed: long_logs(random.Random(seed))))
+ms = st.sampled_from(WINDOWS_MS)
+schemas = st.builds(windows, ms, ms, st.booleans(), st.frozensets(ms))
+configs = st.builds(
+    config,
+    allowed_lateness_ms=st.sampled_from((30, 0, 100)),
+    batch_rows=st.sampled_from((4, 1, 50)),
+    linger_ms=st.sampled_from((60, 0)),
+    dedup_ms=st.sampled_from((100, 0)),
+    release_positives_early=st.booleans(),
+)
+
+
+@CASES
+@given(some_logs, schemas, configs, seeds, st.sampled_from((0, 8, 30)))
+def test_output_equals_the_oracle_for_any_interleaving_and_restarts(
+    records: Logs, schema: FeatureSchema, cfg: JoinConfig, seed: int, restarts: int
+) -> None:
+    harness = Harness(*records, cfg, schema)
+    harness.run(random.Random(seed), restarts)
+    assert harness.messages() == oracle(*records, cfg, schema)
+    assert [cut.state.seq for cut in harness.out] == list(range(len(harness.out)))
+    assert [cut.end for cut in harness.out] == [False] * (len(harness.out) - 1) + [True]
+
+
+@FEWER
+@given(logs(reuse=True), schemas, seeds)
+def test_an_id_that_comes_again_inside_the_dedup_window_never_leaves_twice(
+    records: Logs, schema: FeatureSchema, seed: int
+) -> None:
+    harness = Harness(*records, config(dedup_ms=10**9), schema)
+    harness.run(random.Random(seed), restarts=8)
+    assert harness.messages() == oracle(*records, config(dedup_ms=10**9), schema)
+
+
+@FEWER
+@given(some_logs, schemas, configs, seeds)
+def test_every_record_is_counted_once(records: Logs, schema: FeatureSchema, cfg: JoinConfig, seed: int) -> None:
+    harness = Harness(*records, cfg, schema)
+    harness.run(random.Random(seed))
+    totals = {topic: sum(n for (t, _), n in harness.join.counts.items() if t == topic) for topic in
+              ("impressions", "feedback")}  # fmt: skip
+    assert totals == {"impressions": len(records[0]), "feedback": len(records[1])}
+    assert harness.join.counts["impressions", "accepted"] == sum(map(len, harness.messages()))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_comes_after_an_end_of_stream_leaves_once_and_in_the_same_messages(early: bool) -> None:
+    cfg = config(release_positives_early=early, dedup_ms=500)
+    for seed in range(300):
         rng = random.Random(seed)
         imps, fbs = long_logs(rng)
-        harness = Harness(imps, fbs, config(), schema)
-        harness.run(rng, restarts=30)
-        assert harness.messages() == oracle(imps, fbs, config(), schema), seed
+        part = rng.random()
+        ends = int(part * len(imps)), int(part * len(fbs))
+        found = []
+        for restarts in (0, 0, 40):
+            harness = Harness(imps, fbs, cfg, ZIPPER)
+            for side in (IMPRESSIONS, FEEDBACK):
+                harness.logs[side].insert(ends[side], None)  # type: ignore[arg-type]
+            harness.run(rng, restarts)
+            found.append([(cut.state.seq, cut.state.key, [row.value for row in cut.rows]) for cut in harness.out])
+        assert found[0] == found[1] == found[2], seed
+        keys = [cut.state.key for cut in harness.out]
+        assert keys == sorted(keys), seed
 
 
 @pytest.mark.parametrize("schema", [PLAIN, ZIPPER], ids=["one window", "zipper"])
