@@ -33,9 +33,10 @@ BlockDtype = Literal["float16", "float32"]
 
 MAGIC = b"XFLB"
 FORMAT = 1
-_CHECKED = struct.Struct("<4sBBHIQqqQQ")
-_CHECKSUM = struct.Struct("<Q")
-HEADER_BYTES = _CHECKED.size + _CHECKSUM.size
+# `das.embedding_block` has the same header.
+CHECKED = struct.Struct("<4sBBHIQqqQQ")
+CHECKSUM = struct.Struct("<Q")
+HEADER_BYTES = CHECKED.size + CHECKSUM.size
 _DTYPES: dict[int, np.dtype] = {0: np.dtype("<f2"), 1: np.dtype("<f4")}
 _LIMITS = {code: float(np.finfo(dtype).max) for code, dtype in _DTYPES.items()}
 _CODES: dict[BlockDtype, int] = {"float16": 0, "float32": 1}
@@ -88,26 +89,26 @@ def encode_block(
     payload = logits.astype(_DTYPES[code]).tobytes()
     rows, objectives = logits.shape
     try:
-        head = _CHECKED.pack(
+        head = CHECKED.pack(
             *(MAGIC, FORMAT, code, objectives, rows, teacher_version),
             *(trained_offset, trained_through_ms, schema_fingerprint, message_checksum),
         )
     except struct.error as error:
         raise ValueError(f"a header field is out of range: {error}") from None
-    return b"".join((head, _CHECKSUM.pack(_digest(head, payload)), payload))
+    return b"".join((head, CHECKSUM.pack(digest(head, payload)), payload))
 
 
 def decode_block(data: bytes) -> LogitBlock:
     """Decode and verify one block; raises BlockError on anything but bytes that `encode_block` made."""
     if len(data) < HEADER_BYTES or data[:4] != MAGIC:
         raise BlockError("format", f"{len(data)} bytes that do not start with a block header")
-    head = data[: _CHECKED.size]
-    _, version, code, objectives, rows, teacher, offset, through_ms, schema, message = _CHECKED.unpack(head)
+    head = data[: CHECKED.size]
+    _, version, code, objectives, rows, teacher, offset, through_ms, schema, message = CHECKED.unpack(head)
     if version != FORMAT:
         raise BlockError("format", f"block format {version}, this reader knows {FORMAT}")
     payload = data[HEADER_BYTES:]
-    (checksum,) = _CHECKSUM.unpack_from(data, _CHECKED.size)
-    if checksum != _digest(head, payload):
+    (checksum,) = CHECKSUM.unpack_from(data, CHECKED.size)
+    if checksum != digest(head, payload):
         raise BlockError("corrupt", "the block checksum does not match")
     if code not in _DTYPES:
         raise BlockError("format", f"unknown dtype code {code}")
@@ -125,5 +126,6 @@ def _within(logits: npt.NDArray[np.floating], limit: float) -> bool:
     return float(np.vdot(logits, logits)) < limit * limit / 2  # NaN is not; far cheaper than isfinite of each
 
 
-def _digest(head: bytes, payload: bytes) -> int:
+def digest(head: bytes, payload: bytes) -> int:
+    """The checksum of a block: of its header before it, and of its payload."""
     return int(xxhash.xxh64_intdigest(b"".join((head, payload))))

@@ -18,28 +18,36 @@ from das.errors import ConfigError, Fatal
 from das.redis_check import Finding, check_client
 from das.redis_client import RedisConfig, connect, errors_named
 
-__all__ = ["Fetched", "LogitStore", "PutResult", "RedisConfig"]
+__all__ = ["Fetched", "FetchedPairs", "LogitStore", "PutResult", "RedisConfig"]
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
 
-# KEYS: watermark, epoch, blocks. ARGV: watermark, ttl in ms, writer epoch (0: none), blocks.
-# Everything is checked before the first write, because a script that fails half-way is not rolled back.
+# KEYS: watermark, epoch, the blocks of n messages, then what is stored beside each, if anything.
+# ARGV: watermark, ttl in ms, writer epoch (0: none), n, values of KEYS from the third on.
+# Everything is checked before the first write, because a script that fails half-way is not rolled back. A message of
+# which one value is there with other bytes keeps what it has: values of two scorings must not meet.
 _PUT = """
 local held = redis.call('GET', KEYS[2])
 if held and tonumber(held) > tonumber(ARGV[3]) then return {-1, held} end
 local reached = redis.call('GET', KEYS[1])
 if reached and not tonumber(reached) then return redis.error_reply('ERR the watermark is not a number') end
-local absent, identical = {}, 0
-for i = 3, #KEYS do
-  local there = redis.pcall('GET', KEYS[i])
-  if there == false then absent[#absent + 1] = i
-  elseif there == ARGV[i + 1] then identical = identical + 1 end
+local n, absent, written, identical = tonumber(ARGV[4]), {}, 0, 0
+for i = 3, n + 2 do
+  local before, same = #absent, true
+  for j = i, #KEYS, n do
+    local there = redis.pcall('GET', KEYS[j])
+    if there == false then absent[#absent + 1] = j
+    elseif there ~= ARGV[j + 2] then same = false end
+  end
+  if not same then for j = #absent, before + 1, -1 do absent[j] = nil end
+  elseif #absent > before then written = written + 1
+  else identical = identical + 1 end
 end
-for _, i in ipairs(absent) do redis.call('SET', KEYS[i], ARGV[i + 1], 'PX', ARGV[2]) end
+for _, j in ipairs(absent) do redis.call('SET', KEYS[j], ARGV[j + 2], 'PX', ARGV[2]) end
 if not reached or tonumber(reached) < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 else redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 if held ~= ARGV[3] and ARGV[3] ~= '0' then redis.call('SET', KEYS[2], ARGV[3]) end
-return {#absent, identical, #KEYS - 2 - #absent - identical}
+return {written, identical, n - written - identical}
 """
 
 # KEYS: epoch. At least the server's clock, so that epochs go on rising after the store lost its data.
@@ -55,7 +63,8 @@ return text
 
 
 class PutResult(NamedTuple):
-    """What became of the blocks of one `put`: stored now, there byte for byte, refused because others were there."""
+    """What became of the messages of one `put`: something of it stored now, all of it there byte for byte, or refused
+    because other bytes were there."""
 
     written: int
     identical: int
@@ -67,6 +76,14 @@ class Fetched(NamedTuple):
 
     watermark: int
     blocks: list[bytes | None]
+
+
+class FetchedPairs(NamedTuple):
+    """`Fetched`, with the raw embedding block of each offset."""
+
+    watermark: int
+    blocks: list[bytes | None]
+    embeddings: list[bytes | None]
 
 
 class LogitStore:
@@ -109,6 +126,14 @@ class LogitStore:
         prefix = self.block_key(partition, 0)[:-1]
         return [f"{prefix}{offset}" for offset in offsets]
 
+    def embedding_key(self, partition: int, offset: int) -> str:
+        """The key of one embedding block, in the same slot as its logit block."""
+        return f"exfm:{{{self.topic}:{partition}}}:embeddings:{self.teacher}:{offset}"
+
+    def _embedding_keys(self, partition: int, offsets: Iterable[int]) -> list[str]:
+        prefix = self.embedding_key(partition, 0)[:-1]
+        return [f"{prefix}{offset}" for offset in offsets]
+
     def watermark_key(self, partition: int) -> str:
         """The key of the watermark."""
         return f"exfm:{{{self.topic}:{partition}}}:watermark:{self.teacher}"
@@ -124,17 +149,30 @@ class LogitStore:
         self._epochs[partition] = epoch
         return epoch
 
-    def put(self, partition: int, blocks: Mapping[int, bytes], watermark: int) -> PutResult:
+    def put(
+        self,
+        partition: int,
+        blocks: Mapping[int, bytes],
+        watermark: int,
+        embeddings: Mapping[int, bytes] | None = None,
+    ) -> PutResult:
         """Store encoded blocks by offset and raise the watermark, all in one atomic step.
 
-        A key that holds other bytes keeps them: the first write wins. The watermark never goes back. Safe to repeat
-        after a Retryable, which may mean stored or not. Raises Fatal when another writer acquired the partition.
+        `embeddings`: embedding blocks of the same offsets, stored in that step too. An offset of which a key holds
+        other bytes keeps what it has: the first write wins. The watermark never goes back. Safe to repeat after a
+        Retryable, which may mean stored or not. Raises Fatal when another writer acquired the partition.
         """
         epoch = self._epochs.get(partition, 0)
         keys = [self.watermark_key(partition), self.epoch_key(partition)]
         keys += self._block_keys(partition, blocks)
+        values = list(blocks.values())
+        if embeddings is not None:
+            if embeddings.keys() != blocks.keys():
+                raise ValueError(f"embeddings of {sorted(embeddings)} do not belong to logits of {sorted(blocks)}")
+            keys += self._embedding_keys(partition, blocks)
+            values += [embeddings[offset] for offset in blocks]
         with errors_named(self.address):
-            reply = cast(list, self._put(keys=keys, args=[watermark, self._ttl_ms, epoch, *blocks.values()]))
+            reply = cast(list, self._put(keys=keys, args=[watermark, self._ttl_ms, epoch, len(blocks), *values]))
         if reply[0] == -1:
             raise Fatal(
                 f"{self.epoch_key(partition)}: writer epoch {epoch} was fenced by {int(reply[1])}: "
@@ -160,6 +198,22 @@ class LogitStore:
         return {
             partition: Fetched(_watermark(reply[0]), reply[1:])
             for partition, reply in zip(offsets, replies, strict=True)
+        }
+
+    def fetch_pairs(self, offsets: Mapping[int, Sequence[int]]) -> dict[int, FetchedPairs]:
+        """`fetch_many` with the embedding blocks, in one round trip."""
+        commands = [
+            (
+                *("MGET", self.watermark_key(partition), *self._block_keys(partition, wanted)),
+                *self._embedding_keys(partition, wanted),
+            )
+            for partition, wanted in offsets.items()
+        ]
+        with errors_named(self.address):
+            replies = self._execute(commands)
+        return {
+            partition: FetchedPairs(_watermark(reply[0]), reply[1 : len(wanted) + 1], reply[len(wanted) + 1 :])
+            for (partition, wanted), reply in zip(offsets.items(), replies, strict=True)
         }
 
     def _execute(self, commands: list[tuple[str, ...]]) -> list[list[bytes | None]]:

@@ -66,8 +66,9 @@ class Kunlun(nn.Module):
             )
             for _ in range(config.num_layers)
         )
+        self.representation_width = (num_out + num_history) * config.width
         self.heads = ObjectiveHeads(
-            (num_out + num_history) * config.width,
+            self.representation_width,
             config.head_hidden,
             len(spec.heads),
             len(spec.domains),
@@ -93,6 +94,11 @@ class Kunlun(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, K) float32."""
+        logits: Tensor = self.heads(self.represent(batch), batch.domain_B)
+        return logits
+
+    def represent(self, batch: Batch) -> Tensor:
+        """What the heads read, (B, `representation_width`): the last context tokens and pooled events, flattened."""
         x_BND = self.context(self.embeddings.categorical(batch.cat_BC), batch.num_BN, batch.domain_B)
         events = self._events(batch)
         angles = {n: self._tower(n).angles(offsets, age_s_T) for n, (_, offsets, age_s_T) in events.items()}
@@ -107,8 +113,7 @@ class Kunlun(nn.Module):
                 states[name] = self._tower(name).advance(layer, states[name], offsets, x_sum_BMD, angles[name])
         for name, (_, offsets, _) in events.items():
             pooled[name] = self._tower(name).pool(self.config.num_layers, states[name], offsets, pooled[name])
-        logits: Tensor = self.heads(torch.cat([x_BND, *pooled.values()], dim=1).flatten(1), batch.domain_B)
-        return logits
+        return torch.cat([x_BND, *pooled.values()], dim=1).flatten(1)
 
     def _tower(self, name: str) -> SequenceTower:
         tower = self.towers[name]

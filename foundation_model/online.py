@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from das import fault
 from das.deadline import Deadline
+from das.embedding_block import encode_embeddings
 from das.errors import ConfigError, Fatal, Retryable
 from das.example_source import ExampleMessage, ExampleReader
 from das.logit_block import encode_block
@@ -46,8 +48,19 @@ class Store(Protocol):
     def acquire(self, partition: int) -> int:
         """Become the only writer of a partition."""
 
-    def put(self, partition: int, blocks: Mapping[int, bytes], watermark: int) -> PutResult:
+    def put(
+        self, partition: int, blocks: Mapping[int, bytes], watermark: int, embeddings: Mapping[int, bytes] | None
+    ) -> PutResult:
         """Store blocks and raise the watermark in one atomic step."""
+
+
+@dataclass(slots=True)
+class _Put:
+    """What one step stores of one partition."""
+
+    blocks: dict[int, bytes]
+    watermark: int
+    embeddings: dict[int, bytes] | None
 
 
 class TeacherLoop:
@@ -133,10 +146,11 @@ class TeacherLoop:
         fault.point("teacher.after_poll")
         batch = Batch.concat([part for _, part in encoded])
         on_device = batch.to(self._trainer.device)
-        scored_BK = self._trainer.score(on_device)  # 1. score with weights that never saw these rows
+        scored_BK, embedded_BE = self._trainer.score_and_embed(on_device)  # 1. with weights that never saw these rows
         logits_BK = scored_BK.detach().cpu().numpy()
+        embeddings_BE = None if embedded_BE is None else embedded_BE.cpu().numpy()
         fault.point("teacher.before_put")
-        if not self._store_logits(messages, logits_BK, stop):  # 2. blocks and watermark are durable
+        if not self._store_logits(messages, logits_BK, embeddings_BE, stop):  # 2. blocks and watermark are durable
             return False
         fault.point("teacher.after_put")
         self._trainer.evaluate(logits_BK, batch)  # 3. count the predictions
@@ -161,42 +175,50 @@ class TeacherLoop:
                     "trained; its logits would be those of a teacher that knows its labels"
                 )
 
-    def _store_logits(self, messages: Sequence[ExampleMessage], logits_BK: np.ndarray, stop: threading.Event) -> bool:
-        """One atomic put per partition. A message with a logit that is not finite gets no block.
+    def _store_logits(
+        self,
+        messages: Sequence[ExampleMessage],
+        logits_BK: np.ndarray,
+        embeddings_BE: np.ndarray | None,
+        stop: threading.Event,
+    ) -> bool:
+        """One atomic put per partition. A message with a value that is not finite gets no block.
 
         Its watermark moves on all the same: students find nothing and train on its labels alone at once.
         """
-        blocks: dict[int, dict[int, bytes]] = {}
-        watermarks: dict[int, int] = {}
+        puts: dict[int, _Put] = {}
         first = 0
         for message in messages:
             rows = slice(first, first := first + message.rows.num_rows)
-            own = blocks.setdefault(message.partition, {})
-            watermarks[message.partition] = message.offset + 1
-            if np.isfinite(logits_BK[rows]).all():
-                own[message.offset] = self._block(message, logits_BK[rows])
+            own = puts.setdefault(message.partition, _Put({}, 0, None if embeddings_BE is None else {}))
+            own.watermark = message.offset + 1
+            if np.isfinite(logits_BK[rows]).all() and (embeddings_BE is None or np.isfinite(embeddings_BE[rows]).all()):
+                header = self._header(message)
+                dtype = self._trainer.config.logit_dtype
+                own.blocks[message.offset] = encode_block(logits_BK[rows], **header, dtype=dtype)
+                if own.embeddings is not None and embeddings_BE is not None:
+                    own.embeddings[message.offset] = encode_embeddings(embeddings_BE[rows], **header)
             else:
                 self._blocks["withheld"] += 1
                 self._telemetry.count("exfm_logit_blocks_total", outcome="withheld")
                 logger.error("%s[%d] offset %d: a logit is not finite", self._topic, message.partition, message.offset)
-        for partition, own in blocks.items():
-            watermark = watermarks[partition]
-            result = self._patiently(lambda p=partition, b=own, w=watermark: self._store.put(p, b, w), stop)  # type: ignore[misc]
+        for partition, own in puts.items():
+            arguments = own.blocks, own.watermark, own.embeddings
+            result = self._patiently(lambda p=partition, a=arguments: self._store.put(p, *a), stop)  # type: ignore[misc]
             if result is None:
                 return False
             self._count_blocks(partition, result)
         return True
 
-    def _block(self, message: ExampleMessage, logits_BK: np.ndarray) -> bytes:
-        return encode_block(
-            logits_BK,
-            teacher_version=self._trainer.version,
-            trained_offset=self._positions[message.partition].offset,
-            trained_through_ms=self._trainer.trained_through_ms,
-            schema_fingerprint=self._trainer.schema.fingerprint,
-            message_checksum=message.checksum,
-            dtype=self._trainer.config.logit_dtype,
-        )
+    def _header(self, message: ExampleMessage) -> dict[str, int]:
+        """What the blocks of a message say of where they come from."""
+        return {
+            "teacher_version": self._trainer.version,
+            "trained_offset": self._positions[message.partition].offset,
+            "trained_through_ms": self._trainer.trained_through_ms,
+            "schema_fingerprint": self._trainer.schema.fingerprint,
+            "message_checksum": message.checksum,
+        }
 
     def _count_blocks(self, partition: int, result: PutResult) -> None:
         for outcome, count in result._asdict().items():

@@ -6,6 +6,7 @@ Shape legend: B rows, K heads: one per objective and, with Zipper, window.
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 import numpy as np
 import torch
@@ -48,6 +49,9 @@ class TeacherConfig(TrainingConfig):
     put_timeout_s: float = Field(600.0, gt=0)
     """How long to wait for a store or a broker that is away before giving up."""
     logit_dtype: BlockDtype = "float16"
+    embedding_width: int = Field(0, ge=0, le=1024)
+    """Values per row of the embedding stored beside the logits: what the heads read, by a fixed random projection.
+    0 = none is stored. No student reads it yet; a row takes 4 bytes and one per value in the store."""
 
     @model_validator(mode="after")
     def _weights_are_positive(self) -> TeacherConfig:
@@ -62,7 +66,7 @@ class TeacherTrainer:
 
     `version` counts the batches that were scored and then learned from, refused steps included, so that a version
     names one state of the weights and one place in the stream. `model` replaces Kunlun by another module with
-    `forward(batch) -> logits (B, K)`.
+    `forward(batch) -> logits (B, K)`, which stores no embeddings.
     """
 
     def __init__(
@@ -85,6 +89,10 @@ class TeacherTrainer:
         if model is None:
             torch.manual_seed(config.seed)
             model = Kunlun(config.model, self.encoder.spec)
+        width = getattr(model, "representation_width", 0)
+        if config.embedding_width > width:
+            raise ConfigError(f"teacher: embedding_width: {config.embedding_width}, the model has {width} to store")
+        self._projection_IE = sign_projection(width, config.embedding_width).to(self.device)
         self.model = model.to(self.device).train()
         self.optimizers = Optimizers(self.model, config.optimizer)
         self.metrics = ProgressiveMetrics(schema.domains, schema.objective_names, eval_from_ms=config.eval_from_ms)
@@ -101,6 +109,15 @@ class TeacherTrainer:
         """Logits (B, K) float32 of a batch on the trainer's device, with the graph that `step` needs."""
         logits_BK: Tensor = self.model(batch).float()
         return logits_BK
+
+    def score_and_embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """`score`, and the embeddings (B, E) float32 of the same forward, detached; None where none are stored."""
+        if not self.config.embedding_width:
+            return self.score(batch), None
+        model = cast(Kunlun, self.model)
+        flat_BI = model.represent(batch)
+        logits_BK: Tensor = model.heads(flat_BI, batch.domain_B).float()
+        return logits_BK, flat_BI.detach().float() @ self._projection_IE
 
     def evaluate(self, logits_BK: np.ndarray, batch: Batch) -> None:
         """Count the predictions of a batch on the host that was not trained on; a NaN counts as logit 0.
@@ -161,6 +178,16 @@ class TeacherTrainer:
         self.optimizers.load_state_tensors(unpack(snapshot.state, "optimizer"))
         self.metrics.load_state_tensors(unpack(snapshot.state, "metrics"))
         load_rng_tensors(unpack(snapshot.state, "rng"), self.device)
+
+
+def sign_projection(width: int, out: int) -> Tensor:
+    """(width, out) float32, +-1 / sqrt(width): a function of its sizes alone, so that no snapshot has to keep it.
+
+    Random signs keep distances and what a linear model can read (Achlioptas, Database-friendly random projections,
+    2003).
+    """
+    signs = torch.randint(2, (width, out), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+    return signs / max(1, width) ** 0.5
 
 
 def publish_metrics(metrics: ProgressiveMetrics, telemetry: Telemetry) -> None:
