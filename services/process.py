@@ -127,7 +127,6 @@ def _open_health(context: Context, instance: str) -> HealthServer:
     context.telemetry.gauge("exfm_build_info", 1, version=version(), process=instance, config=settings.hash)
     health = HealthServer(settings.health, registry, context.telemetry.is_ready)
     health.start()
-    write_address(settings.run_dir, instance, health.address)
     context.log.info(
         "started",
         version=version(),
@@ -137,6 +136,7 @@ def _open_health(context: Context, instance: str) -> HealthServer:
         pid=os.getpid(),
         settings=settings.redacted(),
     )
+    write_address(settings.run_dir, instance, health.address)  # who finds it may stop us at once
     return health
 
 

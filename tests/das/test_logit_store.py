@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from das.deadline import Deadline
 from das.errors import ConfigError, Fatal, Retryable
 from das.logit_block import encode_block
 from das.logit_store import LogitStore, PutResult, RedisConfig
-from services.embedded import HOST, Server, free_port, redis_binary, start_redis
+from services.embedded import HOST, Server, start_redis
 
 TTL_S = 60.0
 NOWHERE = RedisConfig(url=f"redis://{HOST}:1/0")
@@ -238,60 +237,6 @@ def test_a_foreign_watermark_stops_the_writer_before_it_wrote(
     with pytest.raises(Fatal, match="refused a command"):
         store.put(0, {0: block(0)}, 1)
     assert store.fetch(0, [0]) == (0, [None])
-
-
-def test_keys_of_one_partition_share_a_slot_of_a_cluster(tmp_path: Path) -> None:
-    ports, buses = [free_port(), free_port()], [free_port(), free_port()]
-    servers = [_start_cluster_node(tmp_path / str(port), port, bus) for port, bus in zip(ports, buses, strict=True)]
-    try:
-        _join_cluster(ports, buses[1])
-        store = store_at(f"{HOST}:{ports[0]}", cluster=True)
-        for partition in range(8):
-            store.acquire(partition)
-            assert store.put(partition, {o: block(o) for o in range(3)}, 3).written == 3
-        fetched = store.fetch_many(dict.fromkeys(range(8), range(4)))
-        assert all(f == (3, [block(0), block(1), block(2), None]) for f in fetched.values())
-        assert all(redis.Redis(HOST, port).dbsize() > 0 for port in ports), "both nodes hold some partitions"
-        assert isinstance(store.check(), list)
-        for node in servers:
-            node.kill()
-        with pytest.raises(Retryable, match="is away"):
-            store.fetch(0, [0])
-        store.close()
-    finally:
-        for node in servers:
-            node.kill()
-            node.wait()
-
-
-def _start_cluster_node(folder: Path, port: int, bus: int) -> subprocess.Popen[bytes]:
-    folder.mkdir()
-    command = [redis_binary(), "--bind", HOST, "--port", str(port), "--dir", str(folder), "--save", ""]
-    with (folder / "log").open("wb") as log:
-        return subprocess.Popen(
-            [*command, "--cluster-enabled", "yes", "--cluster-port", str(bus)], stdout=log, stderr=log
-        )
-
-
-def _join_cluster(ports: list[int], second_bus: int) -> None:
-    deadline = Deadline.after(30)
-    nodes = [redis.Redis(HOST, port, socket_timeout=1) for port in ports]
-    for node in nodes:
-        while not _answers(node) and not deadline.passed:
-            time.sleep(0.05)
-    nodes[0].execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
-    nodes[1].execute_command("CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
-    nodes[0].execute_command("CLUSTER", "MEET", HOST, ports[1], second_bus)
-    while not all(node.cluster("info")["cluster_state"] == "ok" for node in nodes):
-        assert not deadline.passed, "the cluster did not form"
-        time.sleep(0.1)
-
-
-def _answers(node: redis.Redis) -> bool:
-    try:
-        return bool(node.ping())
-    except redis.ConnectionError:
-        return False
 
 
 def test_memory_per_event_is_within_the_budget(own_redis: Server, admin: redis.Redis) -> None:
