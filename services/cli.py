@@ -254,6 +254,24 @@ def bench_das(
     run(json_file, events=events, kafka=kafka, redis=redis, repeats=repeats)
 
 
+@bench.command("zipper")
+def bench_zipper(
+    json_file: Annotated[Path, typer.Option("--json", help="File to write the result rows to.")],
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each arm and model.")] = 5,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Also the teacher, and a student distilled from it.")
+    ] = False,
+    rate: Annotated[
+        float | None, typer.Option(min=0.01, max=100, help="Factor of all learning rates; default: each arm chooses.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="File to draw NE over the stream to (PNG).")] = None,
+) -> None:
+    """Fresh labels, right labels and Zipper's mix on hotel bookings, judged on matured labels."""
+    from services.bench.zipper import run
+
+    run(json_file, seeds=seeds, teacher=teacher, rate=rate, plot=plot)
+
+
 def _given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 

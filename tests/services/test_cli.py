@@ -31,6 +31,7 @@ COMMANDS = {
     "quarantine list": {"--settings", "-s", "--limit", "--reason", "--json"},
     "quarantine replay": {"--settings", "-s", "--reason", "--dry-run"},
     "bench das": {"--json", "--events", "--kafka", "--redis", "--repeats"},
+    "bench zipper": {"--json", "--seeds", "--teacher", "--rate", "--plot"},
     "bench demo": {"--json", "--out", "--device", "--rows", "--pace", "--paced-rows"},
 }
 
