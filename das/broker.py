@@ -83,6 +83,11 @@ class KafkaConfig(Config):
             raise ValueError(f"{sorted(owned)} are set by exfm itself; remove them")
         return options
 
+    @property
+    def guarded(self) -> bool:
+        """Whether options of ours are given: TLS or a user, as a rule."""
+        return bool(self.options) or self.options_file is not None
+
     def client_options(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Options of a client that has options of its `own`; later wins: ours, its own, `options`, the file's."""
         timeout_ms = int(self.request_timeout_s * 1000)
@@ -130,7 +135,8 @@ def wait_for_broker(config: KafkaConfig, deadline: Deadline) -> None:
             problem = str(error)
         else:
             return
-    raise Retryable(f"broker {config.bootstrap} is not reachable: {problem}; start it or set kafka.bootstrap")
+    hint = "; a refused user or certificate looks the same: see kafka.options" if config.guarded else ""
+    raise Retryable(f"broker {config.bootstrap} is not reachable: {problem}; start it or set kafka.bootstrap{hint}")
 
 
 def create_topics(config: KafkaConfig) -> None:

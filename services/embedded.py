@@ -69,11 +69,15 @@ class Server:
                 self.process.wait(grace_s)
 
 
-def start_broker(folder: Path, port: int | None = None) -> Server:
-    """Start the in-memory broker; returns once it accepts connections."""
+def start_broker(folder: Path, port: int | None = None, *, advertised: str | None = None) -> Server:
+    """Start the in-memory broker; returns once it accepts connections.
+
+    `advertised`: the `host:port` that it tells its clients to connect to, where that is a front of its own.
+    """
     port = port or free_port()
-    url = f"tcp://{HOST}:{port}"
-    command = [broker_binary(), "broker", "--silent", "--listener-url", url, "--advertised-listener-url", url]
+    told = advertised or f"{HOST}:{port}"
+    command = [broker_binary(), "broker", "--silent", "--listener-url", f"tcp://{HOST}:{port}"]
+    command += ["--advertised-listener-url", f"tcp://{told}"]
     return _start("broker", [*command, "--storage-engine", "memory://tansu/"], folder, port)
 
 
