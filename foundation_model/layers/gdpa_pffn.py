@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from foundation_model.layers.norms import layer_norm, rms_norm
 from kernels.backend import Backend
-from kernels.gdpa import gdpa
+from kernels.gdpa_block import gdpa_block
 
 
 class GdpaPffn(nn.Module):
@@ -43,11 +42,10 @@ class GdpaPffn(nn.Module):
 
     def forward(self, s_TW: Tensor, offsets: Tensor, x_sum_BMD: Tensor) -> Tensor:
         """(T, W)."""
-        q_TW = layer_norm(s_TW)
         key_value_BNW2 = self.key_value(self.rows.weight @ x_sum_BMD)
         key_BNHD, value_BNHD = key_value_BNW2.unflatten(-1, (2, self.heads, -1)).unbind(2)
-        g_THD = gdpa(
-            q_TW.unflatten(-1, (self.heads, -1)),
+        out_THD = gdpa_block(
+            s_TW.unflatten(-1, (self.heads, -1)),
             offsets,
             key_BNHD,
             value_BNHD,
@@ -56,4 +54,4 @@ class GdpaPffn(nn.Module):
             outer_scale=self.outer_scale,
             backend=self.backend,
         )
-        return rms_norm(g_THD.flatten(1) + q_TW) + s_TW
+        return out_THD.flatten(1)

@@ -67,14 +67,15 @@ def gdpa(
         >>> gdpa(q, torch.tensor([0, 3, 5], dtype=torch.int32), k, torch.randn_like(k)).shape
         torch.Size([5, 2, 8])
     """
-    _check(q_THD, q_offsets, k, v, kv_offsets, activation, window)
+    check_arguments("gdpa", q_THD, q_offsets, k, v, kv_offsets, activation, window)
     run = choose_backend(backend, op="gdpa", device=q_THD.device, implementations=_IMPLEMENTATIONS)
     scale = 1.0 / math.sqrt(q_THD.shape[-1]) if inner_scale is None else inner_scale
     options = {"kv_offsets": kv_offsets, "activation": activation, "window": window}
     return run(q_THD, q_offsets, k, v, inner_scale=scale, outer_scale=outer_scale, **options)
 
 
-def _check(
+def check_arguments(
+    op: str,
     q_THD: Tensor,
     q_offsets: Tensor,
     k: Tensor,
@@ -83,31 +84,32 @@ def _check(
     activation: str | Sequence[str],
     window: int | None,
 ) -> None:
+    """Raise ValueError, named after `op`, unless all arguments of `gdpa` fit."""
     if q_THD.dim() != 3:
-        raise ValueError(f"gdpa: q must be (T, H, D), got {tuple(q_THD.shape)}")
-    check_offsets("gdpa: q_offsets", q_offsets, len(q_THD))
+        raise ValueError(f"{op}: q must be (T, H, D), got {tuple(q_THD.shape)}")
+    check_offsets(f"{op}: q_offsets", q_offsets, len(q_THD))
     num_heads, width = q_THD.shape[1:]
     dims = 4 if kv_offsets is None else 3
     if k.dim() != dims or k.shape != v.shape or tuple(k.shape[-2:]) != (num_heads, width):
         layout = "(B, N, H, D)" if kv_offsets is None else "(S, H, D)"
         raise ValueError(
-            f"gdpa: k and v must be {layout} with (H, D) = ({num_heads}, {width}), "
+            f"{op}: k and v must be {layout} with (H, D) = ({num_heads}, {width}), "
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if kv_offsets is None:
         if len(k) != len(q_offsets) - 1:
-            raise ValueError(f"gdpa: k has {len(k)} examples, q_offsets {len(q_offsets) - 1}")
+            raise ValueError(f"{op}: k has {len(k)} examples, q_offsets {len(q_offsets) - 1}")
         if window is not None:
-            raise ValueError("gdpa: a window needs jagged keys; pass kv_offsets or leave the window out")
+            raise ValueError(f"{op}: a window needs jagged keys; pass kv_offsets or leave the window out")
     else:
-        check_offsets("gdpa: kv_offsets", kv_offsets, len(k))
+        check_offsets(f"{op}: kv_offsets", kv_offsets, len(k))
         if kv_offsets.shape != q_offsets.shape:
-            raise ValueError(f"gdpa: {len(kv_offsets)} kv_offsets for {len(q_offsets)} q_offsets")
+            raise ValueError(f"{op}: {len(kv_offsets)} kv_offsets for {len(q_offsets)} q_offsets")
     if window is not None and window < 0:
-        raise ValueError(f"gdpa: window must be >= 0, got {window}")
+        raise ValueError(f"{op}: window must be >= 0, got {window}")
     names = [activation] if isinstance(activation, str) else list(activation)
     if not isinstance(activation, str) and len(names) != num_heads:
-        raise ValueError(f"gdpa: {len(names)} activations for {num_heads} heads; give one, or one per head")
+        raise ValueError(f"{op}: {len(names)} activations for {num_heads} heads; give one, or one per head")
     for name in names:
         if name not in ACTIVATION_FUNCTIONS:
-            raise ValueError(f"gdpa: unknown activation '{name}'; known: {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"{op}: unknown activation '{name}'; known: {', '.join(ACTIVATIONS)}")
