@@ -37,7 +37,10 @@ class SeedAttention(nn.Module):
 
 
 class SumKronLinear(nn.Module):
-    """`Y = sum_k Z_k^T H W_k`: a linear map of (N, W) to (M, W) as a sum of K Kronecker products."""
+    """`Y = sum_k Z_k^T H W_k`: a linear map of (N, W) to (M, W) as a sum of K Kronecker products.
+
+    Z comes first, as one product over all rows: docs/kernels.md has the orders' times.
+    """
 
     def __init__(self, num_in: int, num_out: int, width: int, num_terms: int) -> None:
         super().__init__()
@@ -47,9 +50,9 @@ class SumKronLinear(nn.Module):
 
     def forward(self, h_BNW: Tensor) -> Tensor:
         """(B, M, W)."""
-        mixed_BKMW = self.z_NKM.T @ h_BNW
-        mixed_BMKW = mixed_BKMW.unflatten(1, (-1, self.num_out)).transpose(1, 2)
-        return mixed_BMKW.flatten(2) @ self.w_KWW
+        mixed = self.z_NKM.T @ h_BNW.transpose(0, 1).flatten(1)
+        mixed_KMBW = mixed.unflatten(1, h_BNW.shape[::2]).unflatten(0, (-1, self.num_out))
+        return mixed_KMBW.permute(2, 1, 0, 3).flatten(2) @ self.w_KWW
 
 
 class HierarchicalSeedPooling(nn.Module):
