@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import kafka
@@ -20,7 +21,7 @@ from kafka.coordinator.assignors.range import RangePartitionAssignor
 
 from das.broker import ENVELOPE_BYTES, KafkaConfig, TopicsConfig, create_topics, open_client, translate, wait_for_broker
 from das.deadline import Deadline
-from das.errors import Fatal, Retryable
+from das.errors import ExfmError, Fatal, Retryable
 from das.sink import KafkaSink
 
 log = logging.getLogger(__name__)
@@ -245,6 +246,9 @@ class KafkaSource:
     def _out_of_range(self, tp: TopicPartition, offset: int) -> Fatal:
         oldest = self.beginning_offsets([tp])[tp]
         end = self.highwater(tp)
+        if end is None:  # no fetch was answered: the broker refused the first one
+            with suppress(ExfmError):
+                end = self.end_offset_hint(tp)
         return Fatal(
             f"{tp.topic}[{tp.partition}] at {self._config.bootstrap}: the saved offset is {offset}, available are "
             f"{oldest} to {'unknown' if end is None else end}; the log was lost, recreated or expired. Restore the "

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+from lookup_rig import ROWS, SCHEMA, block_of, logits_of, message
 from redis_cluster import Cluster, cluster_of
 
 from das.errors import ConfigError, Fatal, Retryable
 from das.logit_store import LogitStore, PutResult, RedisConfig
+from das.lookup import LogitLookup, LookupConfig
+from das.telemetry import RecordingTelemetry
 
 PARTITIONS = range(12)
 
@@ -122,6 +126,24 @@ def test_a_put_in_the_middle_of_a_move_is_retryable_and_complete_after_it(cluste
     cluster.end_move(slot, to)
     assert store.put(5, {offset: block(5, offset) for offset in range(6)}, 6) == PutResult(3, 3, 0)
     assert store.fetch(5, range(6)) == (6, [block(5, offset) for offset in range(6)])
+
+
+def test_a_student_finds_the_logits_of_all_partitions_while_slots_move(cluster: Cluster, store: LogitStore) -> None:
+    messages = [message(offset, partition) for partition in PARTITIONS for offset in range(3)]
+    telemetry = RecordingTelemetry()
+    lookup = LogitLookup(store, SCHEMA, telemetry, LookupConfig(wait_ms=2_000))
+    for partition in PARTITIONS:
+        own = {m.offset: block_of(m) for m in messages if m.partition == partition}
+        assert store.put(partition, own, 3).written == 3
+    slot = slot_of(cluster, store, 7)
+    to = (cluster.owner(slot) + 1) % 3
+    source = cluster.begin_move(slot, to)
+    cluster.move_keys(slot, source, to)
+    cluster.end_move(slot, to)
+    for m, found in zip(messages, lookup.attach(messages), strict=True):
+        assert found is not None
+        np.testing.assert_array_equal(found.logits, logits_of(m))
+    assert telemetry.total("exfm_logit_rows_total", outcome="hit") == ROWS * len(messages)
 
 
 def test_every_primary_is_checked(cluster: Cluster, store: LogitStore) -> None:
