@@ -149,10 +149,12 @@ def create_topics(config: KafkaConfig) -> None:
     wanted[names.quarantine] = 1
     most_bytes = config.max_message_bytes + ENVELOPE_BYTES
     settings = {"retention.ms": str(config.retention_ms), "max.message.bytes": str(most_bytes)}
+    arrival = {"message.timestamp.type": "LogAppendTime"}  # by the broker's clock: a producer's may be the wrong one
     admin = open_client(kafka.KafkaAdminClient, config, {})
     try:
         for name, partitions in wanted.items():
-            topic = {"num_partitions": partitions, "replication_factor": config.replication, "configs": settings}
+            configs = settings | (arrival if name in (names.impressions, names.feedback) else {})
+            topic = {"num_partitions": partitions, "replication_factor": config.replication, "configs": configs}
             try:
                 admin.create_topics({name: topic}, wait_for_metadata=True)
                 log.info("created topic %s with %d partitions", name, partitions)

@@ -22,6 +22,7 @@ from das.examples import (
     HEADER_FORMAT,
     HEADER_JOIN,
     HEADER_ROWS,
+    HEADER_SCHEMA,
     HEADER_SEQ,
     ExampleDecoder,
 )
@@ -82,6 +83,7 @@ class _Lane:
         self.next = start
         self.delivered_ms = 0
         self.last_seq: int | None = None
+        self.written: bytes | None = None
         self.queue: deque[tuple[Record, _Head]] = deque()
         self.silent_s = 0.0
         self.paused = False
@@ -112,6 +114,7 @@ class ExampleSource:
         self._source = source
         self._topic = topic
         self._decoder = ExampleDecoder(schema, columns)
+        self._fingerprint, self._waits = b"%016x" % schema.fingerprint, schema.waits
         self._picked: list[tuple[Record, _Head]] = []
         self._quarantine = quarantine
         self._telemetry = telemetry
@@ -175,10 +178,11 @@ class ExampleSource:
     def _accept(self, lane: _Lane, record: Record) -> None:
         """Queue a record unless it is before the start, a duplicate or poison."""
         try:
-            head = _parse_headers(record)
+            head = _parse_headers(record, self._waits)
         except Poison as poison:
             self._reject(record, poison, again=record.offset < lane.start)
             return
+        self._note_schema(lane, record)
         last, lane.last_seq = lane.last_seq, max(head.seq, -1 if lane.last_seq is None else lane.last_seq)
         if record.offset < lane.start:
             return
@@ -190,6 +194,16 @@ class ExampleSource:
             self._telemetry.count("exfm_messages_skipped_total", head.seq - last - 1, reason="gap")
             log.error("%s[%d] offset %d: seq jumps from %d to %d", *lane.tp, record.offset, last, head.seq)
         lane.queue.append((record, head))
+
+    def _note_schema(self, lane: _Lane, record: Record) -> None:
+        """Say when the writer's schema changes to one that is not ours."""
+        written = record.headers.get(HEADER_SCHEMA)
+        if written != lane.written:
+            lane.written = written
+            if written is not None and written != self._fingerprint:
+                place = f"{record.topic}[{record.partition}] offset {record.offset}"
+                ours, theirs = self._fingerprint.decode(), written[:16].decode(errors="replace")
+                log.warning("%s: from here on of schema %s, ours is %s; columns are read by name", place, theirs, ours)
 
     def _merge(self, max_messages: int) -> list[ExampleMessage]:
         messages: list[ExampleMessage] = []
@@ -278,8 +292,8 @@ def start_positions(source: RecordSource, topic: str, partitions: Sequence[int])
     return {tp.partition: Position(offset) for tp, offset in oldest.items()}
 
 
-def _parse_headers(record: Record) -> _Head:
-    """Raises Poison `header` on a missing or malformed one, `format` on another format."""
+def _parse_headers(record: Record, waits: str) -> _Head:
+    """Raises Poison `header` on a missing or malformed one, `format` on another format, `schema` on other windows."""
     headers = record.headers
     if headers.get(HEADER_FORMAT) != b"%d" % FORMAT:
         raise Poison("format", f"{HEADER_FORMAT} is {headers.get(HEADER_FORMAT)!r}, not {FORMAT}")
@@ -293,6 +307,8 @@ def _parse_headers(record: Record) -> _Head:
         raise Poison("header", f"no header {error}") from None
     except ValueError as error:
         raise Poison("header", f"{HEADER_SEQ}, {HEADER_ROWS} or {HEADER_JOIN}: {error}"[:300]) from None
+    if state.waits not in ("", waits):
+        raise Poison("schema", f"its schema lets {state.waits[:300]}; ours lets {waits}")
     return _Head(seq, rows, state.last_release_ms, control is not None)
 
 

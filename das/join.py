@@ -25,7 +25,6 @@ import msgspec
 from pydantic import Field, model_validator
 
 from das.config import Config
-from das.errors import Fatal
 from das.join_memory import JoinMemory, Seen
 from das.join_state import BEFORE_ALL, FEEDBACK, IMPRESSIONS, NEVER_MS, JoinState, ReleaseKey
 from das.schema import FeatureSchema
@@ -40,10 +39,15 @@ class JoinConfig(Config):
     batch_rows: int = Field(256, ge=1, le=65_536)
     batch_bytes: int = Field(4 << 20, ge=1024)  # of impressions as they were read
     linger_ms: int = Field(60_000, ge=0)
+    max_skew_ms: int = Field(1000, ge=0)  # how far feedback may lie before its impression: two clocks
     dedup_ms: int = Field(600_000, ge=0)
     dedup_max: int = Field(1_000_000, ge=0)
     max_orphans: int = Field(200_000, ge=1)
     release_positives_early: bool = False  # biases what is trained on at any moment towards positives
+
+    def reread_ms(self, schema: FeatureSchema) -> int:
+        """The span of event time that a restarted join reads again, while both logs keep pace."""
+        return schema.max_window_ms + self.allowed_lateness_ms + max(self.dedup_ms, self.linger_ms)
 
     @model_validator(mode="after")
     def _early_release_needs_the_logs_alone(self) -> Self:
@@ -100,7 +104,7 @@ class PartitionJoin:
 
     def __init__(self, schema: FeatureSchema, config: JoinConfig, state: JoinState | None = None) -> None:
         self._config = config
-        self._zipper = schema.zipper
+        self._zipper, self._waits = schema.zipper, schema.waits
         self._windows_ms = schema.windows_ms
         self._limits_ms = [[min(o.window_ms, ms) for o in schema.objectives] for ms in schema.windows_ms]
         self._objectives = {o.name: k for k, o in enumerate(schema.objectives)}
@@ -124,20 +128,9 @@ class PartitionJoin:
             self.watermark.max_event_ms = list(state.replay_max_ms)
             self._recovered_next, self._recovered_key = state.next, state.key
             self._key, self._seq, self._ends = state.key, state.seq + 1, list(state.ends)
-            self._early_after_ms = self._recovered_early(state)
+            self._early_after_ms = state.resume(self._waits, early=config.release_positives_early)
             # an end that is read again says so itself
             self.watermark.ended = [state.ended[side] and state.replay[side] == state.next[side] for side in SIDES]
-
-    def _recovered_early(self, state: JoinState) -> int | None:
-        """The early rows' bound. Rows that left early are told by it, so it may only be dropped at an end."""
-        if not self._config.release_positives_early:
-            if state.early_after_ms is None or state.at_end:
-                return None
-            raise Fatal(
-                "joiner.release_positives_early was on, and rows that left early would leave again without it: "
-                "set it again, or end the stream first"
-            )
-        return state.key.release_ms if state.early_after_ms is None else state.early_after_ms
 
     @property
     def rebuilding(self) -> bool:
@@ -256,7 +249,7 @@ class PartitionJoin:
         after_ms = given.event_time - row.event_time
         if not self._applies[row.domain][given.objective]:
             outcome = "unknown"
-        elif after_ms < 0:
+        elif after_ms < -self._config.max_skew_ms:
             outcome = "early"
         elif after_ms > self._limits_ms[row.window][given.objective] or row.release_ms <= given.passed_ms:
             outcome = "late"
@@ -364,7 +357,8 @@ class PartitionJoin:
         passed_ms = self.watermark.input_ms(IMPRESSIONS)
         while self._orphans:  # no impression that feedback could belong to would still be accepted
             impression_id, given = next(iter(self._orphans.items()))
-            if max(g.event_time for g in given) + self._windows_ms[self._window(impression_id)] > passed_ms:
+            newest_ms = max(g.event_time for g in given) + self._config.max_skew_ms
+            if newest_ms + self._windows_ms[self._window(impression_id)] > passed_ms:
                 break
             self._drop_oldest_orphans()
         self.memory.forget(self._key, passed_ms, self.pending, len(self.pending), self._orphans)
@@ -382,6 +376,7 @@ class PartitionJoin:
             replay_max_ms=(before_ms[IMPRESSIONS], before_ms[FEEDBACK]),
             ends=(self._ends[IMPRESSIONS], self._ends[FEEDBACK]),
             ended=(self.watermark.ended[IMPRESSIONS], self.watermark.ended[FEEDBACK]),
+            waits=self._waits,
             early_after_ms=self._early_after_ms,
         )
         self._seq += 1

@@ -32,8 +32,8 @@ class JoinState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Rebuilding reads the inputs again from `replay`, where their greatest event times were `replay_max_ms`; rows up to
     `key` that were read before `next` have left. `ends` are the offsets after the last end-of-stream handed on;
-    `ended` says which input has ended since. Rows whose labels are all positive leave early, but not up to
-    `early_after_ms`; None: none does.
+    `ended` says which input has ended since; `waits` is the schema's, empty in messages of older versions. Rows whose
+    labels are all positive leave early, but not up to `early_after_ms`; None: none does.
     """
 
     seq: int
@@ -45,12 +45,32 @@ class JoinState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     replay_max_ms: tuple[int, int]
     ends: tuple[int, int]
     ended: tuple[bool, bool]
+    waits: str = ""
     early_after_ms: int | None = None
 
     @property
     def at_end(self) -> bool:
         """Whether the message was the end of the stream itself."""
         return self.next == self.ends
+
+    def resume(self, waits: str, *, early: bool) -> int | None:
+        """`early_after_ms` of a join that goes on from here.
+
+        Raises Fatal when rows that are read again would be given other release times than those that they left at.
+        """
+        if self.waits and self.waits != waits and not self.at_end:
+            raise Fatal(
+                f"the schema lets {waits}; it let {self.waits} when the last example was written, so rows would leave "
+                "twice or never: restore that, end the stream first, or use new topics"
+            )
+        if early:
+            return self.key.release_ms if self.early_after_ms is None else self.early_after_ms
+        if self.early_after_ms is not None and not self.at_end:
+            raise Fatal(
+                "joiner.release_positives_early was on, and rows that left early would leave again without it: "
+                "set it again, or end the stream first"
+            )
+        return None
 
 
 def encode_state(state: JoinState) -> bytes:

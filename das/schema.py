@@ -189,6 +189,14 @@ class FeatureSchema(Config):
         """How long an impression of each window waits; without Zipper the one, longest."""
         return tuple(w.window_ms for w in self.zipper.windows) if self.zipper else (self.max_window_ms,)
 
+    @property
+    def waits(self) -> str:
+        """How long impressions wait, in words; two schemas with the same words give the same release times."""
+        if self.zipper is None:
+            return f"every impression wait {self.max_window_ms} ms"
+        each = ", ".join(f"a share of {w.share} {w.window_ms} ms" for w in self.zipper.windows)
+        return f"impressions wait, hashed with salt '{self.zipper.salt}': {each}"
+
     def head_table(self) -> tuple[tuple[int, ...], ...]:
         """[objective][window] -> the index in `heads` that a row of this window trains."""
         index = {(h.objective, h.window_ms): i for i, h in enumerate(self.heads)}

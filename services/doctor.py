@@ -170,7 +170,12 @@ class Patient:
         """Whether they are there as configured."""
         wanted = partition_counts(self._kafka)
         found = describe_topics(self._kafka)
-        return [topic_line(name, topic, wanted[name], self._kafka) for name, topic in found.items()]
+        lines = [topic_line(name, topic, wanted[name], self._kafka) for name, topic in found.items()]
+        if self._settings.replay is None:  # a recording passes faster than the clock by which the broker forgets
+            names, needed_ms = self._kafka.topics, self._settings.joiner.reread_ms(self._schema)
+            for name in (names.impressions, names.feedback):
+                lines += reread_lines(name, found[name], needed_ms)
+        return lines
 
     def examples(self) -> list[Line]:
         """Whether the newest message can be read with the schema of the settings."""
@@ -274,6 +279,16 @@ def topic_line(name: str, topic: Topic | None, partitions: int, kafka: KafkaConf
     if 0 <= kept < kafka.retention_ms:
         return Line("FIX", "topics", f"{text}, kept for {_span(kept / 1000)}, shorter than the settings say; {remedy}")
     return Line("warn", "topics", f"{text}, kept longer than logits ({_span(kafka.retention_ms / 1000)}); {remedy}")
+
+
+def reread_lines(name: str, topic: Topic | None, needed_ms: int) -> list[Line]:
+    """A warning where a restarted joiner would find a part of what it reads again gone."""
+    if topic is None or topic.retention_ms is None or not 0 <= topic.retention_ms < needed_ms:
+        return []
+    text = f"{name} is kept for {_span(topic.retention_ms / 1000)}; a restarted joiner reads up to"
+    why = "again (window, lateness and the longer of dedup and linger)"
+    remedy = f"keep it for {needed_ms} ms and as long as the joiner may be down"
+    return [Line("warn", "topics", f"{text} {_span(needed_ms / 1000)} {why}; {remedy}")]
 
 
 def watermark_lines(reached: dict[int, int], ends: dict[int, int], topic: str) -> list[Line]:

@@ -51,7 +51,8 @@ def windows(click_ms: int, buy_ms: int, everywhere: bool, shorter: frozenset[int
 
 
 def config(**changes: object) -> JoinConfig:
-    base = {"allowed_lateness_ms": 30, "idle_timeout_s": None, "batch_rows": 4, "linger_ms": 60, "dedup_ms": 100}
+    base = {"allowed_lateness_ms": 30, "idle_timeout_s": None, "batch_rows": 4, "linger_ms": 60}
+    base |= {"dedup_ms": 100, "max_skew_ms": 0}
     return JoinConfig.model_validate(base | changes)
 
 
@@ -80,8 +81,8 @@ def oracle(imps: list[Imp], fbs: list[Fb], cfg: JoinConfig, schema: FeatureSchem
     for name, t, domain, window, end, before in accepted:
         labels, decided = [], before + 1
         for o in schema.objectives:
-            last_ms = min(t + o.window_ms, end)
-            hits = [max(f, p + 1) for f, p in given[name, o.name] if t <= f <= last_ms and p < end]
+            first_ms, last_ms = t - cfg.max_skew_ms, min(t + o.window_ms, end)
+            hits = [max(f, p + 1) for f, p in given[name, o.name] if first_ms <= f <= last_ms and p < end]
             applies = o.domains is None or domain in o.domains
             labels.append(int(bool(hits)) if applies else None)
             decided = max([decided, *hits[:1]]) if applies else decided

@@ -19,12 +19,15 @@ from das.examples import (
     HEADER_FORMAT,
     HEADER_JOIN,
     HEADER_ROWS,
+    HEADER_SCHEMA,
     HEADER_SEQ,
+    decode_examples,
     encode_examples,
 )
 from das.join_state import JoinState, ReleaseKey, encode_state
 from das.position import Position, Positions
 from das.quarantine import Quarantine, QuarantineLimit
+from das.schema import FeatureSchema
 from das.stream import KafkaConfig, KafkaSink, KafkaSource, TopicPartition, TopicsConfig, create_topics, read_tail
 from das.telemetry import RecordingTelemetry
 
@@ -49,11 +52,12 @@ class Topic:
         key = ReleaseKey(release_ms, "x")
         state = JoinState(
             seq=seq, key=key, first_release_ms=release_ms, last_release_ms=release_ms, next=(9, 9), replay=(0, 0),
-            replay_max_ms=(0, 0), ends=(9, 9) if end else (0, 0), ended=(False, False),
+            replay_max_ms=(0, 0), ends=(9, 9) if end else (0, 0), ended=(False, False), waits=SCHEMA.waits,
         )  # fmt: skip
         value = changes.pop("value", b"" if end else encode_examples(joined(SCHEMA, rows), SCHEMA))
         headers = {
             HEADER_FORMAT: b"1",
+            HEADER_SCHEMA: b"%016x" % SCHEMA.fingerprint,
             HEADER_ROWS: b"%d" % (0 if end else rows),
             HEADER_SEQ: b"%d" % seq,
             HEADER_JOIN: encode_state(state),
@@ -64,10 +68,12 @@ class Topic:
         self.sink.flush(10)
         return value
 
-    def read(self, start: Positions, columns: Sequence[str] | None = COLUMNS, **options) -> ExampleSource:
+    def read(
+        self, start: Positions, columns: Sequence[str] | None = COLUMNS, schema: FeatureSchema = SCHEMA, **options
+    ) -> ExampleSource:
         quarantine = Quarantine(self.sink, self.config.topics.quarantine, self.telemetry, QuarantineLimit())
         source = ExampleSource(
-            KafkaSource(self.config, group=self.name), self.name, SCHEMA, columns, start, quarantine, self.telemetry,
+            KafkaSource(self.config, group=self.name), self.name, schema, columns, start, quarantine, self.telemetry,
             **{"idle_s": None, **options},
         )  # fmt: skip
         self._open.append(source)
@@ -211,6 +217,47 @@ def test_a_message_of_another_schema_names_both(topic: Topic) -> None:
     (bad,) = read_tail(topic.config, TopicPartition(topic.config.topics.quarantine, 0), 9, Deadline.after(5))
     assert bad.headers["exfm-reason"] == b"schema"
     assert b"wanted" in bad.headers["exfm-detail"]
+
+
+def test_an_older_reader_passes_over_what_was_added_and_says_whose_schema_it_reads(
+    topic: Topic, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = SCHEMA.model_dump()
+    older = small_schema(features=data["features"][2:5], objectives=data["objectives"][1:])
+    written = topic.put(0, 0, 10, rows=3)
+    (message,) = drain(topic.read({0: Position(0)}, None, older), 1)
+    names = message.rows.batch.schema.names
+    assert names == ["impression_id", "event_time", "ingest_time", "domain", "window", "tag", "color", "price", "buy"]
+    assert message.rows.batch.equals(decode_examples(written, SCHEMA, names))
+    assert f"of schema {SCHEMA.fingerprint:016x}, ours is {older.fingerprint:016x}" in caplog.text
+
+
+def test_a_newer_reader_takes_older_messages_only_for_the_columns_that_they_have(topic: Topic) -> None:
+    added = {"kind": "numeric", "name": "discount", "nullable": True}
+    newer = small_schema(features=[*SCHEMA.model_dump()["features"], added])
+    topic.put(0, 0, 10, rows=3)
+    topic.put(0, 1, 20, end=True)
+    (message,) = drain(topic.read({0: Position(0)}, ("click", "price"), newer), 1)
+    assert message.rows.batch.num_rows == 3
+    assert drain(topic.read({0: Position(0)}, ("click", "discount"), newer)) == []
+    (bad,) = read_tail(topic.config, TopicPartition(topic.config.topics.quarantine, 0), 9, Deadline.after(5))
+    detail = bad.headers["exfm-detail"].decode()
+    assert bad.headers["exfm-reason"] == b"schema"
+    assert "discount is there 0 times" in detail
+    assert "wanted: click: int8, discount: float" in detail
+    assert "found: impression_id: string, event_time" in detail
+
+
+def test_messages_whose_rows_waited_for_other_windows_are_refused(topic: Topic) -> None:
+    windows = [{"window_s": 10, "share": 0.5}, {"window_s": 60, "share": 0.5}]
+    zipped = small_schema(zipper={"salt": "s", "windows": windows})
+    topic.put(0, 0, 10)
+    topic.put(0, 1, 20, end=True)
+    assert drain(topic.read({0: Position(0)}, COLUMNS, zipped), seconds=2.0) == []
+    bad = read_tail(topic.config, TopicPartition(topic.config.topics.quarantine, 0), 9, Deadline.after(5))
+    assert (
+        "every impression wait 60000 ms; ours lets impressions wait, hashed" in bad[0].headers["exfm-detail"].decode()
+    )
 
 
 def test_a_silent_partition_holds_the_others_back_only_for_its_time(topic: Topic) -> None:

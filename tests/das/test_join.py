@@ -7,6 +7,7 @@ import random
 import pytest
 from join_kit import PLAIN, SHARES, ZIPPER, Fb, Harness, Imp, config, window_of
 
+from das.errors import Fatal
 from das.join import PartitionJoin
 from das.join_state import FEEDBACK, IMPRESSIONS
 from das.schema import FeatureSchema
@@ -50,6 +51,34 @@ def test_feedback_policy_by_case(record: Fb, outcome: str) -> None:
     harness.run(random.Random(0))
     assert harness.join.counts["feedback", outcome] == 1
     assert harness.messages() == [[("x", 0, (int(outcome == "joined" and record[3] > 0), None))]]
+
+
+@pytest.mark.parametrize(("before_ms", "outcome"), [(1, "joined"), (100, "joined"), (101, "early")])
+def test_feedback_by_a_clock_that_is_behind_counts_within_max_skew_ms(before_ms: int, outcome: str) -> None:
+    harness = fed([("x", 1000, "a")], [("x", "click", 1000 - before_ms, 1.0)], max_skew_ms=100)
+    harness.run(random.Random(0))
+    assert harness.join.counts["feedback", outcome] == 1
+    assert harness.messages() == [[("x", 0, (int(outcome == "joined"), None))]]
+
+
+def test_an_event_of_years_ago_is_taken_when_it_is_the_first_and_late_when_it_is_not() -> None:
+    years_ms = 5 * 365 * 86_400_000
+    imps = [("old", 0, "a"), ("x", years_ms, "a"), ("older", 10, "a")]
+    fbs = [("old", "click", 20, 1.0), ("x", "click", years_ms, 1.0), ("x", "click", 30, 1.0)]
+    harness = fed(imps, fbs)
+    assert harness.join.counts["impressions", "late"] == 1
+    harness.run(random.Random(0))
+    assert harness.messages() == [[("old", 0, (1, None))], [("x", 0, (1, None))]]
+    assert harness.join.counts["feedback", "early"] == 1
+
+
+def test_a_clock_that_runs_ahead_makes_others_late_only_beyond_their_window_and_the_lateness() -> None:
+    fast = ("fast", 5000, "a")  # the others' clocks say 4770: their windows end after 4969, up to which all is in
+    imps = [fast, ("in time", 4770, "a"), ("late", 4769, "a")]
+    harness = fed(imps, [("in time", "click", 4780, 1.0)])
+    assert harness.join.counts["impressions", "late"] == 1
+    harness.run(random.Random(0))
+    assert harness.messages() == [[("in time", 0, (1, None))], [("fast", 0, (0, None))]]
 
 
 def test_first_positive_wins_over_later_and_earlier_contradiction() -> None:
@@ -172,3 +201,23 @@ def test_a_row_that_waits_long_keeps_nothing_of_those_that_wait_briefly() -> Non
     assert sorted(join.pending) == sorted([long, last])
     assert [len(seen) for seen in join.memory.seen] == [1, 0, 2]  # the last one that left, and those that wait
     assert [len(kept) for kept in join.memory.kept] == [0, 0, 1]
+
+
+def test_other_windows_are_refused_while_rows_wait_and_taken_after_an_end() -> None:
+    harness = fed([("x", 1000, "a"), ("y", 2000, "a")], [("q", "click", 1700, 1.0)])
+    harness.cut()
+    assert [len(cut.rows) for cut in harness.out] == [1]
+    harness.schema = ZIPPER
+    with pytest.raises(
+        Fatal, match=r"wait, hashed with salt 's': a share of 0.5 20 ms.* it let every impression wait 200 ms"
+    ):
+        harness.restart()
+    harness.schema = PLAIN
+    harness.restart()
+    harness.run(random.Random(0))
+    harness.schema = ZIPPER
+    harness.restart()
+    harness.logs[IMPRESSIONS].extend([("z", 3000, "a"), None])
+    harness.logs[FEEDBACK].append(None)
+    harness.run(random.Random(0))
+    assert [name for message in harness.messages() for name, _, _ in message] == ["x", "y", "z"]

@@ -15,7 +15,7 @@ from das.schema import FeatureSchema
 
 Logs = tuple[list[Imp], list[Fb]]
 WINDOWS_MS = (20, 50, 90, 200)
-OFFSETS_MS = (-5, 0, 5, 20, 21, 50, 51, 90, 91, 150, 200, 201, 260)
+OFFSETS_MS = (-6, -5, 0, 5, 20, 21, 50, 51, 90, 91, 150, 200, 201, 260)
 """Of feedback after its impression: the last moment of every window, and the first after it."""
 
 
@@ -82,6 +82,7 @@ configs = st.builds(
     batch_rows=st.sampled_from((4, 1, 50)),
     linger_ms=st.sampled_from((60, 0)),
     dedup_ms=st.sampled_from((100, 0)),
+    max_skew_ms=st.sampled_from((0, 5)),
     release_positives_early=st.booleans(),
 )
 

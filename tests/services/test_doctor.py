@@ -28,7 +28,7 @@ from das.messages import MessageCodec
 from das.schema import FeatureSchema
 from das.stream import KafkaConfig, KafkaSink, TopicsConfig, create_topics
 from foundation_model.snapshot import write_snapshot
-from services.doctor import Line, disk_line, examine, topic_line, within
+from services.doctor import Line, disk_line, examine, reread_lines, topic_line, within
 from services.embedded import start_redis
 from services.settings import load
 from services.topics import Topic
@@ -168,6 +168,23 @@ def test_a_topic_must_be_kept_as_long_as_logits(kept_ms: int | None, level: str)
     line = topic_line("examples", Topic(2, kept_ms), 2, KafkaConfig(retention_ms=86_400_000))
     assert line.level == level
     assert level == "ok" or "set kafka.retention_ms to" in line.text
+
+
+def test_inputs_must_be_kept_for_what_a_restarted_joiner_reads_again(clinic: Clinic) -> None:
+    assert [line.level for line in clinic.examine()["topics"]] == ["ok"] * 4
+    joiner = {"allowed_lateness_ms": 100_000, "dedup_ms": 40_000, "linger_ms": 60_000}  # and a window of 10 s
+    kept_ms = clinic.kafka.retention_ms
+    lines = clinic.examine(joiner={**joiner, "dedup_ms": kept_ms})["topics"]
+    assert [line.level for line in lines] == ["ok"] * 4 + ["warn"] * 2
+    assert f"keep it for {kept_ms + 110_000} ms" in lines[-1].text
+    assert (
+        reread_lines(
+            "feedback", Topic(2, 170_000), load(clinic.settings(joiner=joiner)).joiner.reread_ms(clinic.schema)
+        )
+        == []
+    )
+    assert reread_lines("feedback", Topic(2, 169_999), 170_000)[0].level == "warn"
+    assert reread_lines("feedback", Topic(2, -1), 170_000) == []
 
 
 def test_examples_of_another_schema_are_named(clinic: Clinic) -> None:
