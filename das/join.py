@@ -43,7 +43,7 @@ class JoinConfig(Config):
     dedup_ms: int = Field(600_000, ge=0)
     dedup_max: int = Field(1_000_000, ge=0)
     max_orphans: int = Field(200_000, ge=1)
-    release_positives_early: bool = False  # biases what is trained on at any moment towards positives
+    release_positives_early: bool = False  # biases what is trained on towards positives: docs/join.md
 
     def reread_ms(self, schema: FeatureSchema) -> int:
         """The span of event time that a restarted join reads again, while both logs keep pace."""

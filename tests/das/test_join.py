@@ -72,6 +72,14 @@ def test_an_event_of_years_ago_is_taken_when_it_is_the_first_and_late_when_it_is
     assert harness.join.counts["feedback", "early"] == 1
 
 
+def test_an_id_that_comes_back_after_its_row_left_and_dedup_ms_is_another_impression() -> None:
+    for again_ms, outcome in ((1330, "duplicate"), (1331, "accepted")):  # 1000 + window + lateness + dedup
+        harness = fed([("x", 1000, "a"), ("y", again_ms, "b")], [("q", "click", 1300, 1.0)], linger_ms=0)
+        harness.cut()
+        assert harness.messages() == [[("x", 0, (0, None))]]
+        assert harness.join.impression(2, "x", again_ms, "a", 7, b"x") == outcome
+
+
 def test_a_clock_that_runs_ahead_makes_others_late_only_beyond_their_window_and_the_lateness() -> None:
     fast = ("fast", 5000, "a")  # the others' clocks say 4770: their windows end after 4969, up to which all is in
     imps = [fast, ("in time", 4770, "a"), ("late", 4769, "a")]

@@ -23,8 +23,8 @@ from services.settings import Settings, load, student_configs, teacher_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
-OPERATIONS, DATA, README, ARCHITECTURE = (
-    PAGES[name] for name in ("operations.md", "data.md", "README.md", "architecture.md")
+OPERATIONS, DATA, README, ARCHITECTURE, JOIN = (
+    PAGES[name] for name in ("operations.md", "data.md", "README.md", "architecture.md", "join.md")
 )
 PACKAGES = ("das", "kernels", "foundation_model", "vertical_models", "services")
 SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
@@ -53,13 +53,18 @@ def test_every_metric_that_the_docs_mention_exists(name: str) -> None:
     assert name in CATALOGUE
 
 
-def test_the_feedback_policy_names_every_outcome() -> None:
-    section = OPERATIONS.partition("## What the joiner does")[2].partition("\n## ")[0]
-    named = set(re.findall(r"\| `(\w+)` \|$", section, re.M))
+def test_the_policy_of_the_join_names_every_outcome_and_a_test_of_each() -> None:
+    section = JOIN.partition("## What becomes of each record")[2].partition("\n## ")[0]
+    cases = re.findall(r"^\|(.*)\|$", section, re.M)
+    named = {outcome for case in cases for outcome in re.findall(r"\| `(\w+)` \|", case)}
     outcomes = [
         CATALOGUE[f"exfm_{what}_total"].labels["outcome"] or frozenset() for what in ("feedback", "impressions")
     ]
-    assert named == outcomes[0] | outcomes[1]
+    assert named == outcomes[0] | outcomes[1] | {"future"}
+    for case in cases:
+        file, test = re.fullmatch(r".*\| `(test_\w+\.py)::(test_\w+)` ", case).groups() if "::" in case else ("", "")
+        header = case.rstrip().endswith("| test") or set(case) <= {"-", "|"}
+        assert header or f"def {test}(" in (ROOT / "tests" / "das" / file).read_text(), case
 
 
 def commands(page: str) -> Iterator[list[str]]:
@@ -155,7 +160,7 @@ def test_the_settings_keys_that_the_docs_mention_exist() -> None:
 
 
 def test_every_test_that_the_docs_name_exists() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", ARCHITECTURE)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", "".join(PAGES.values()))
     assert len(named) >= 10
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
