@@ -12,9 +12,13 @@ import statistics
 import subprocess
 import sys
 import uuid
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from kafka.admin import KafkaAdminClient
+
+from das.broker import open_client
 from das.deadline import Deadline
 from das.errors import Fatal
 from das.examples import END_OF_STREAM, HEADER_CONTROL, HEADER_ROWS
@@ -29,7 +33,11 @@ JOINER = {"idle_timeout_s": None, "allowed_lateness_ms": 1000}
 
 def measure(bootstrap: str, folder: Path, *, impressions: int, repeats: int) -> list[Row]:
     """`joiner.rate` and `joiner.two_workers`. Raises Fatal when a worker fails or an impression is missing."""
-    return [_rate(bootstrap, folder, impressions, repeats), _two_workers(bootstrap, folder, impressions, repeats)]
+    rows = []
+    for partitions, row in ((1, _rate), (4, _two_workers)):
+        with closing(Stream(bootstrap, folder, impressions, partitions)) as stream:
+            rows.append(row(stream, repeats))
+    return rows
 
 
 class Stream:
@@ -44,6 +52,14 @@ class Stream:
         self.kafka = KafkaConfig(bootstrap=bootstrap, partitions=partitions, topics=topics)
         create_topics(self.kafka)
         self._produce()
+
+    def close(self) -> None:
+        """Delete its topics; the broker may be yours."""
+        admin = open_client(KafkaAdminClient, self.kafka, {})
+        try:
+            admin.delete_topics([name for name in admin.list_topics() if name.startswith(self._prefix)])
+        finally:
+            admin.close()
 
     def _produce(self) -> None:
         sink, codec = KafkaSink(self.kafka), MessageCodec(das_events.schema(sequence=False))
@@ -130,8 +146,8 @@ def _median(runs: list[tuple[float, float]]) -> tuple[float, float]:
     return statistics.median(r[0] for r in runs), statistics.median(r[1] for r in runs)
 
 
-def _rate(bootstrap: str, folder: Path, impressions: int, repeats: int) -> Row:
-    stream = Stream(bootstrap, folder, impressions, 1)
+def _rate(stream: Stream, repeats: int) -> Row:
+    impressions = stream.impressions
     ours, client = [], []
     for _ in range(repeats):
         ours.append(_rates(stream.run()))
@@ -154,8 +170,7 @@ def _rate(bootstrap: str, folder: Path, impressions: int, repeats: int) -> Row:
     return Row("joiner.rate", rate, "impressions/s", "the broker client alone", base_rate, extra=extra)
 
 
-def _two_workers(bootstrap: str, folder: Path, impressions: int, repeats: int) -> Row:
-    stream = Stream(bootstrap, folder, impressions, 4)
+def _two_workers(stream: Stream, repeats: int) -> Row:
     one, two, idle = [], [], 0
     for _ in range(repeats):
         one.append(_rates(stream.run(1)))
@@ -164,8 +179,8 @@ def _two_workers(bootstrap: str, folder: Path, impressions: int, repeats: int) -
         two.append(_rates(found))
     (base_rate, base_us), (rate, cpu_us) = _median(one), _median(two)
     extra = {
-        "impressions": impressions,
-        "partitions": 4,
+        "impressions": stream.impressions,
+        "partitions": stream.kafka.partitions,
         "cpu_us_per_impression": cpu_us,
         "baseline_cpu_us_per_impression": base_us,
         "workers_without_partitions": idle,

@@ -116,6 +116,23 @@ def test_a_start_past_the_end_stops_naming_saved_and_available(kafka_bootstrap: 
     source.close()
 
 
+def test_the_end_of_a_silent_partition_is_known_wherever_the_reader_moved(
+    config: KafkaConfig, sink: KafkaSink, source: KafkaSource
+) -> None:
+    one, other = TopicPartition(config.topics.examples, 0), TopicPartition(config.topics.examples, 1)
+    for i in range(3):
+        sink.send(one.topic, 0, None, b"%d" % i)
+    sink.flush(10)
+    source.assign({one: 0, other: 0})
+    assert len(read(source, 3)) == 3
+    for starts in ({other: 0}, {one: 3, other: 0}, {one: 3}):  # nothing new comes from here on
+        source.assign(starts)
+        deadline = Deadline.after(10)
+        while any(source.highwater(tp) is None for tp in starts) and not deadline.passed:
+            source.poll(0.3, 10)
+        assert {tp: source.highwater(tp) for tp in starts} == {tp: 3 if tp == one else 0 for tp in starts}
+
+
 def test_every_fetch_asks_for_every_partition(config: KafkaConfig, source: KafkaSource) -> None:
     source.assign({TopicPartition(config.topics.examples, 0): 0})
     source.poll(0.5, 1)
