@@ -15,7 +15,7 @@ import redis
 from redis.commands.core import Script
 
 from das.errors import ConfigError, Fatal
-from das.redis_check import Finding, check_client
+from das.redis_check import check_client
 from das.redis_client import RedisConfig, connect, errors_named
 
 __all__ = ["Fetched", "FetchedPairs", "LogitStore", "PutResult", "RedisConfig"]
@@ -228,7 +228,7 @@ class LogitStore:
         """The next offset to be scored; 0 when nothing was."""
         return self.fetch(partition, ()).watermark
 
-    def check(self) -> list[Finding]:
+    def check(self) -> list[str]:
         """Look at the settings of the server, or of every primary of a cluster, before relying on it.
 
         Raises ConfigError where logits would vanish silently; returns warnings for the rest.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import redis
 
@@ -16,15 +15,7 @@ MOST_WITHOUT_TTL = 1000
 """Keys that may lack an expiry before it is said: the store has one small one per partition and teacher."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something about the server that its owner should know."""
-
-    level: Literal["warning", "error"]
-    text: str
-
-
-def check_server(config: RedisConfig) -> list[Finding]:
+def check_server(config: RedisConfig) -> list[str]:
     """`check_client` over a connection of its own. Raises ConfigError, Retryable or Fatal."""
     with errors_named(config.address):
         client = connect(config)
@@ -34,16 +25,14 @@ def check_server(config: RedisConfig) -> list[Finding]:
         client.close()
 
 
-def check_client(client: redis.Redis, address: str) -> list[Finding]:
+def check_client(client: redis.Redis, address: str) -> list[str]:
     """Look at the settings of the server; of every primary of a cluster.
 
     Raises ConfigError where logits would vanish silently; returns warnings for the rest.
     """
-    findings = []
     with errors_named(address):
-        for node, info in _infos(client, address):
-            findings += [Finding("warning", f"redis at {node}: {text}") for text in _warnings(node, info)]
-    return findings
+        found = list(_infos(client, address))
+    return [f"redis at {node}: {text}" for node, info in found for text in _warnings(node, info)]
 
 
 def _infos(client: redis.Redis, address: str) -> Iterator[tuple[str, dict[str, Any]]]:

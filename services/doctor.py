@@ -211,10 +211,10 @@ class Patient:
             began_s = time.monotonic()
             store.watermark(0)
             took_s = time.monotonic() - began_s
-            findings = store.check()
-        keeps = "" if findings else "; evicts nothing, its keys expire, its append-only file is on"
+            warnings = store.check()
+        keeps = "" if warnings else "; evicts nothing, its keys expire, its append-only file is on"
         lines = [Line("ok", "redis", f"{store.address} answers in {took_s * 1000:.0f} ms{keeps}")]
-        return lines + [Line("warn" if f.level == "warning" else "FIX", "redis", f.text) for f in findings]
+        return lines + [Line("warn", "redis", text) for text in warnings]
 
     def watermark(self) -> list[Line]:
         """How far the teacher's logits are from the end of the stream."""

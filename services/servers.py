@@ -10,7 +10,7 @@ from typing import Any
 from das.broker import create_topics, wait_for_broker
 from das.deadline import Deadline
 from das.errors import ConfigError, Fatal, Retryable
-from das.redis_check import Finding, check_server
+from das.redis_check import check_server
 from das.redis_client import RedisConfig
 from services.embedded import Server, start_broker, start_redis
 from services.settings import Settings
@@ -64,7 +64,7 @@ def _with_addresses(settings: Settings, addresses: Mapping[str, str]) -> Setting
     return settings.model_copy(update={"kafka": kafka, "redis": redis})
 
 
-def _patiently_checked(config: RedisConfig, stop: threading.Event) -> list[Finding]:
+def _patiently_checked(config: RedisConfig, stop: threading.Event) -> list[str]:
     patience = Deadline.after(PING_S)
     while True:
         try:
@@ -85,8 +85,8 @@ class Servers:
         self._stopping = False
         self._ended: Callable[[str], None] = lambda _: None
 
-    def check_outside(self, stop: threading.Event) -> list[Finding]:
-        """Ask the servers that are not embedded for an answer; returns what the store's owner should know.
+    def check_outside(self, stop: threading.Event) -> list[str]:
+        """Ask the servers that are not embedded for an answer; returns warnings about Redis.
 
         Raises Retryable when one does not answer within PING_S or `stop` is set, ConfigError when one refuses us or
         would drop logits.

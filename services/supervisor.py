@@ -118,8 +118,8 @@ class Supervisor:
         outside server refused the configuration, Retryable when an outside server does not answer.
         """
         threading.Thread(target=self._forward_stop, args=(stop,), daemon=True).start()
-        for finding in self.servers.check_outside(stop):
-            self._tell(finding.text)
+        for warning in self.servers.check_outside(stop):
+            self._tell(warning)
         try:
             self.servers.start(lambda name: self._events.put(("server", name)))
             self.servers.create_topics()

@@ -60,12 +60,12 @@ def check_store(context: Context, store: LogitStore) -> None:
     patience = Deadline.after(STORE_START_S)
     while True:
         try:
-            findings = store.check()
+            warnings = store.check()
         except Retryable as error:
             if patience.passed or context.stop.wait(min(RETRY_S, patience.left_s)):
                 raise
             context.log.warning("waiting for the store", left_s=round(patience.left_s), error=str(error))
         else:
-            for finding in findings:
-                getattr(context.log, finding.level)(finding.text)
+            for warning in warnings:
+                context.log.warning(warning)
             return
