@@ -10,6 +10,7 @@ local id `splitmix64(v ^ seed(table)) % (size - 1) + 1`. Raw ids of the stream a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -171,18 +172,19 @@ class FeatureEncoder:
         return self._cat_tables.ids([columns[f.name] for f in self._categorical], num_rows)
 
     def _numbers(self, columns: dict[str, Any], num_rows: int) -> np.ndarray:
-        num_NB = np.zeros((len(self.spec.numeric), num_rows), np.float32)
+        num_NB = _empty((len(self.spec.numeric), num_rows), np.float32)
         for i, feature in enumerate(self._numeric):
             num_NB[i] = _fixed(columns[feature.name], np.float32)
         count = len(self._numeric)
         self._scaler.scale(num_NB[:count])
+        num_NB[count:] = 0.0
         for j, i in enumerate(self._indicators):
             column = columns[self._numeric[i].name]
             if column.null_count:
                 missing_B = ~_validity(column)
                 num_NB[i][missing_B] = 0.0
                 num_NB[count + j] = missing_B
-        return np.ascontiguousarray(num_NB.T)
+        return _transposed(num_NB)
 
     def _sequence(
         self, sequence: SequenceFeature, columns: dict[str, Any], event_time_ms_B: np.ndarray
@@ -200,8 +202,10 @@ class FeatureEncoder:
                 raise Poison("sequence", detail)
             fields.append(column.values.slice(int(own[0]), last - first))
         past_ms_T = _fixed(times.values.slice(first, last - first), np.int64)
-        age_ms_T = np.repeat(event_time_ms_B, np.diff(offsets)) - past_ms_T
-        age_s_T = (np.maximum(age_ms_T, 0) / 1000.0).astype(np.float32)
+        age_ms_T = np.repeat(event_time_ms_B, np.diff(offsets))
+        age_ms_T -= past_ms_T
+        np.maximum(age_ms_T, 0, out=age_ms_T)
+        age_s_T = (age_ms_T / 1000.0).astype(np.float32)
         ids_TF = self._seq_tables[sequence.name].ids(fields, last - first)
         return JaggedSequence(torch.from_numpy(ids_TF), torch.from_numpy(offsets), torch.from_numpy(age_s_T))
 
@@ -254,18 +258,18 @@ class _Tables:
 
     def ids(self, columns: Sequence[Any], num_rows: int) -> np.ndarray:
         """Ids in the shared space, (B, C) int64, of C id columns of B rows; nulls get local id 0."""
-        x_CB = np.empty((len(columns), num_rows), np.uint64)
+        x_CB = _empty((len(columns), num_rows), np.uint64)
         for i, column in enumerate(columns):
             _read_values(column, x_CB[i])
         x_CB ^= self._seeds
-        spare_CB = np.empty_like(x_CB)
+        spare_CB = _empty(x_CB.shape, np.uint64)
         splitmix64(x_CB, spare_CB)
         ids_CB = _remainder(x_CB, self._buckets, spare_CB).view(np.int64)
         ids_CB += self._firsts
         for i, column in enumerate(columns):
             if column.null_count:
                 ids_CB[i][~_validity(column)] = self._firsts[i] - 1
-        return np.ascontiguousarray(ids_CB.T)
+        return _transposed(ids_CB)
 
 
 class _Scaler:
@@ -305,6 +309,18 @@ def _remainder(x_CB: np.ndarray, divisors_C1: np.ndarray, spare_CB: np.ndarray) 
     spare_CB *= divisors_C1
     x_CB -= spare_CB
     return x_CB
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """From Arrow's pool, which keeps what was freed: the page faults of fresh memory cost more than the arithmetic."""
+    array = np.frombuffer(pa.allocate_buffer(math.prod(shape) * np.dtype(dtype).itemsize), dtype)
+    return array.reshape(shape)
+
+
+def _transposed(values_CB: np.ndarray) -> np.ndarray:
+    values_BC = _empty(values_CB.T.shape, values_CB.dtype)
+    values_BC[:] = values_CB.T
+    return values_BC
 
 
 def _select(batch: pa.RecordBatch, rows: np.ndarray | slice | None) -> pa.RecordBatch:
