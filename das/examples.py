@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -39,7 +39,12 @@ STRING = pa.dictionary(pa.int32(), pa.string())
 ID_TYPES = {"int": pa.int64(), "string": STRING}
 ARROW_ERRORS = (pa.ArrowException, ValueError, LookupError, OSError, MemoryError, OverflowError)
 """What pyarrow raises on bytes that are not what they should be."""
-_WRITE = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+Compression = Literal["none", "lz4", "zstd"]
+_WRITE: dict[Compression, pa.ipc.IpcWriteOptions] = {
+    "none": pa.ipc.IpcWriteOptions(use_threads=False),
+    "lz4": pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False),
+    "zstd": pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False),
+}
 
 
 class JoinedRow(msgspec.Struct, frozen=True, gc=False):
@@ -120,11 +125,15 @@ def _lists(columns: Any, offsets: np.ndarray, item: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)
 
 
-def encode_examples(rows: Sequence[JoinedRow], schema: FeatureSchema) -> bytes:
-    """The value of one `examples` message; the same rows give the same bytes."""
+def encode_examples(rows: Sequence[JoinedRow], schema: FeatureSchema, compression: Compression = "none") -> bytes:
+    """The value of one `examples` message; the same rows give the same bytes.
+
+    `compression` is of each column by itself. The broker's client compresses whole batches of messages anyway
+    (`kafka.compression`), to the same size and without a fixed cost per column.
+    """
     batch = example_batch(rows, schema)
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema, options=_WRITE) as writer:
+    with pa.ipc.new_stream(sink, batch.schema, options=_WRITE[compression]) as writer:
         writer.write_batch(batch)
     return sink.getvalue().to_pybytes()
 
@@ -152,7 +161,7 @@ class ExampleDecoder:
         members = {s: [s.column(f) for f in [*(f.name for f in s.fields), "time"]] for s in schema.sequences}
         places = [([names.index(c) for c in own if c in names], s.max_length) for s, own in members.items()]
         self._sequences = [(own, max_length) for own, max_length in places if own]
-        self._located: dict[bytes, tuple[list[int], list[int]]] = {}
+        self._located: dict[bytes, tuple[pa.ipc.IpcReadOptions, list[int]]] = {}
 
     def decode(self, value: bytes | None) -> pa.RecordBatch:
         """The columns of one message. Columns that the schema does not know are skipped.
@@ -179,8 +188,7 @@ class ExampleDecoder:
 
     def open(self, stream: bytes | pa.Buffer, schema_message: bytes) -> pa.ipc.RecordBatchStreamReader:
         """A reader of the wanted fields. Raises Poison if one is missing or retyped, or one of ARROW_ERRORS."""
-        included, _ = self._locate(schema_message)
-        return pa.ipc.open_stream(stream, options=pa.ipc.IpcReadOptions(included_fields=included, use_threads=False))
+        return pa.ipc.open_stream(stream, options=self._locate(schema_message)[0])
 
     def checked(self, batch: pa.RecordBatch, schema_message: bytes) -> pa.RecordBatch:
         """The columns of a valid batch that `open` read, in the order wanted. Raises Poison unless all may be used."""
@@ -192,11 +200,14 @@ class ExampleDecoder:
             _check_lengths(self._wanted.names, columns, members, max_length)
         return pa.RecordBatch.from_arrays(columns, schema=self._wanted)
 
-    def _locate(self, schema_message: bytes) -> tuple[list[int], list[int]]:
-        """The fields to read of a stream with this schema message, and where each wanted column is among them."""
+    def _locate(self, schema_message: bytes) -> tuple[pa.ipc.IpcReadOptions, list[int]]:
+        """How to read a stream with this schema message, and where each wanted column is among those read."""
         located = self._located.get(schema_message)
         if located is None:
-            located = _locate(schema_message, self._wanted)
+            places = _locate(schema_message, self._wanted)
+            included = sorted(places)
+            options = pa.ipc.IpcReadOptions(included_fields=included, use_threads=False)
+            located = options, [included.index(place) for place in places]
             if len(self._located) >= MAX_WRITERS:
                 self._located.clear()
             self._located[schema_message] = located
@@ -208,8 +219,8 @@ def _decoder(schema: FeatureSchema, columns: tuple[str, ...] | None) -> ExampleD
     return ExampleDecoder(schema, columns)
 
 
-def _locate(schema_message: bytes, wanted: pa.Schema) -> tuple[list[int], list[int]]:
-    """Raises Poison if a column is missing or retyped."""
+def _locate(schema_message: bytes, wanted: pa.Schema) -> list[int]:
+    """Where the wanted fields are in a schema message. Raises Poison if one is missing or retyped."""
     found = pa.ipc.read_schema(pa.py_buffer(schema_message))
     indices: list[int] = []
     problems = []
@@ -223,7 +234,7 @@ def _locate(schema_message: bytes, wanted: pa.Schema) -> tuple[list[int], list[i
     if problems:
         text = f"{'; '.join(problems)}\nwanted: {_describe(wanted)}\nfound: {_describe(found)}"
         raise Poison("schema", text[:MAX_DETAIL_CHARS])
-    return sorted(indices), [sorted(indices).index(index) for index in indices]
+    return indices
 
 
 def _describe(schema: pa.Schema) -> str:

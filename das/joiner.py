@@ -16,6 +16,7 @@ from pydantic import Field
 from das import fault
 from das.deadline import Deadline
 from das.errors import Fatal, Retryable
+from das.examples import Compression
 from das.join import Cut, JoinConfig, PartitionJoin
 from das.join_state import IMPRESSIONS, JoinState, last_state
 from das.joiner_lane import JoinerLane
@@ -45,6 +46,7 @@ class JoinerConfig(JoinConfig):
     poll_s: float = Field(0.25, gt=0, le=10)
     max_pending: int = Field(500_000, ge=1)
     max_ahead_ms: int = Field(3_600_000, ge=0)  # how far event times may lie after their arrival
+    compression: Compression = "none"  # of each column of a message; kafka.compression is of whole batches of messages
     stall_timeout_s: float = Field(120.0, gt=0)
     recovery_timeout_s: float = Field(60.0, gt=0, le=3600)
     outage_timeout_s: float = Field(600.0, gt=0)  # how long the broker may be away before the process gives up
@@ -234,6 +236,7 @@ class Joiner:
             max_pending=config.max_pending,
             max_orphans=config.max_orphans,
             max_ahead_ms=config.max_ahead_ms,
+            compression=config.compression,
         )
 
     def _drained(self, source: KafkaSource, lane: JoinerLane, side: int) -> bool:

@@ -15,6 +15,7 @@ from das.examples import (
     HEADER_ROWS,
     HEADER_SCHEMA,
     HEADER_SEQ,
+    Compression,
     JoinedRow,
     encode_examples,
 )
@@ -46,6 +47,7 @@ class JoinerLane:
         max_pending: int,
         max_orphans: int,
         max_ahead_ms: int,
+        compression: Compression,
     ) -> None:
         self.partitions = partitions
         self.join = join
@@ -61,6 +63,7 @@ class JoinerLane:
         self._max_pending = max_pending
         self._max_orphans = max_orphans
         self._max_ahead_ms = max_ahead_ms
+        self._compression = compression
 
     def take(self, now_s: float, drained: Callable[[int], bool]) -> bool:
         """Feed one run of records to the join; False if there is nothing that may be read now.
@@ -185,4 +188,4 @@ class JoinerLane:
             return b"", headers | {HEADER_CONTROL: END_OF_STREAM}
         decode = self._codec.decode_impression
         rows = [JoinedRow(decode(row.value), row.ingest_ms, row.labels, row.window) for row in cut.rows]
-        return encode_examples(rows, schema), headers
+        return encode_examples(rows, schema, self._compression), headers

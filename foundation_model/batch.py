@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,15 @@ class JaggedSequence:
         offsets = self.offsets[start : stop + 1]
         first, last = int(offsets[0]), int(offsets[-1])
         return JaggedSequence(self.ids_TF[first:last], offsets - first, self.age_s[first:last])
+
+    def split(self, sizes: Sequence[int]) -> list[JaggedSequence]:
+        """The next `sizes[0]` rows, the next `sizes[1]` rows and so on, which are all."""
+        offsets = self.offsets.numpy()
+        ends = [0, *accumulate(sizes)]
+        own = [offsets[a : b + 1] for a, b in pairwise(ends)]
+        events = np.diff(offsets[ends]).tolist()
+        parts = zip(self.ids_TF.split(events), own, self.age_s.split(events), strict=True)
+        return [JaggedSequence(ids_TF, torch.from_numpy(o - o[0]), age_s) for ids_TF, o, age_s in parts]
 
     @staticmethod
     def concat(parts: Sequence[JaggedSequence]) -> JaggedSequence:
@@ -106,6 +116,20 @@ class Batch:
             event_time_ms_B=self.event_time_ms_B[start:stop],
             ingest_time_ms_B=self.ingest_time_ms_B[start:stop],
         )
+
+    def split(self, sizes: Sequence[int]) -> list[Batch]:
+        """Views of the next `sizes[0]` rows, the next `sizes[1]` rows and so on, which are all. On the host only."""
+        seqs = {name: s.split(sizes) for name, s in self.seqs.items()}
+        tensors = (self.cat_BC, self.num_BN, self.labels_BK, self.label_mask_BK, self.domain_B)
+        columns = zip(*(tensor.split(list(sizes)) for tensor in tensors), strict=True)
+        parts = []
+        for i, ((start, stop), (cat_BC, num_BN, labels_BK, mask_BK, domain_B)) in enumerate(
+            zip(pairwise([0, *accumulate(sizes)]), columns, strict=True)
+        ):
+            times = self.event_time_ms_B[start:stop], self.ingest_time_ms_B[start:stop]
+            own = {name: s[i] for name, s in seqs.items()}
+            parts.append(Batch(cat_BC, num_BN, own, labels_BK, mask_BK, domain_B, *times))
+        return parts
 
     @staticmethod
     def concat(parts: Sequence[Batch]) -> Batch:

@@ -29,8 +29,6 @@ from foundation_model.batch import Batch, JaggedSequence
 
 NUMERIC_LIMIT = 1e6
 """Transformed numbers are clipped to +- this, so that one absurd value stays finite in float32."""
-SCALAR_DIVISION_ROWS = 512
-"""From so many rows on, one division a column beats one of all columns."""
 
 
 class TablesConfig(Config):
@@ -259,16 +257,20 @@ class _Tables:
     def ids(self, columns: Sequence[Any], num_rows: int) -> np.ndarray:
         """Ids in the shared space, (B, C) int64, of C id columns of B rows; nulls get local id 0."""
         x_CB = _empty((len(columns), num_rows), np.uint64)
-        for i, column in enumerate(columns):
-            _read_values(column, x_CB[i])
+        for x_B, column in zip(x_CB, columns, strict=True):
+            x_B[:] = _id_values(column)
         x_CB ^= self._seeds
         spare_CB = _empty(x_CB.shape, np.uint64)
         splitmix64(x_CB, spare_CB)
-        ids_CB = _remainder(x_CB, self._buckets, spare_CB).view(np.int64)
+        for x_B, spare_B, (divisor,) in zip(x_CB, spare_CB, self._buckets, strict=True):
+            np.floor_divide(x_B, divisor, out=spare_B)  # by one number it is fast, the remainder never is
+        spare_CB *= self._buckets
+        x_CB -= spare_CB
+        ids_CB = x_CB.view(np.int64)
         ids_CB += self._firsts
-        for i, column in enumerate(columns):
+        for ids_B, column, (first,) in zip(ids_CB, columns, self._firsts, strict=True):
             if column.null_count:
-                ids_CB[i][~_validity(column)] = self._firsts[i] - 1
+                ids_B[~_validity(column)] = first - 1
         return _transposed(ids_CB)
 
 
@@ -276,18 +278,18 @@ class _Scaler:
     """The numeric transforms of all columns at once, in place on (N, B)."""
 
     def __init__(self, features: tuple[NumericFeature, ...]) -> None:
-        self._log = np.array([i for i, f in enumerate(features) if f.transform == "log1p"], np.intp)
-        self._mean = np.array([f.mean for f in features], np.float32)[:, None]
-        self._std = np.array([f.std for f in features], np.float32)[:, None]
+        self._log = [i for i, f in enumerate(features) if f.transform == "log1p"]
+        self._standard = [
+            (i, np.float32(f.mean), np.float32(f.std)) for i, f in enumerate(features) if f.transform == "standardize"
+        ]
 
     def scale(self, num_NB: np.ndarray) -> None:
         with np.errstate(invalid="ignore", over="ignore"):  # the slots of nulls hold anything
-            if self._log.size:
-                log_NB = num_NB[self._log]
-                np.maximum(log_NB, 0.0, out=log_NB)
-                num_NB[self._log] = np.log1p(log_NB, out=log_NB)
-            num_NB -= self._mean
-            num_NB /= self._std
+            for i in self._log:
+                np.log1p(np.maximum(num_NB[i], 0.0, out=num_NB[i]), out=num_NB[i])
+            for i, mean, std in self._standard:
+                num_NB[i] -= mean
+                num_NB[i] /= std
             np.clip(num_NB, -NUMERIC_LIMIT, NUMERIC_LIMIT, out=num_NB)
 
 
@@ -298,17 +300,6 @@ def splitmix64(x: np.ndarray, spare: np.ndarray) -> None:
         x ^= np.right_shift(x, np.uint64(shift), out=spare)
         x *= np.uint64(factor)
     x ^= np.right_shift(x, np.uint64(31), out=spare)
-
-
-def _remainder(x_CB: np.ndarray, divisors_C1: np.ndarray, spare_CB: np.ndarray) -> np.ndarray:
-    """`x_CB % divisors_C1` in place. NumPy divides by one scalar seven times as fast as by a broadcast column."""
-    if x_CB.shape[1] < SCALAR_DIVISION_ROWS:
-        return np.remainder(x_CB, divisors_C1, out=x_CB)
-    for row_B, divisor, quotient_B in zip(x_CB, divisors_C1[:, 0], spare_CB, strict=True):
-        np.floor_divide(row_B, divisor, out=quotient_B)
-    spare_CB *= divisors_C1
-    x_CB -= spare_CB
-    return x_CB
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -350,13 +341,12 @@ def _validity(column: Any) -> np.ndarray:
     return bits[column.offset : column.offset + len(column)].astype(bool)
 
 
-def _read_values(column: Any, values: np.ndarray) -> None:
-    """64-bit values of an id column into `values`, any where null; strings by the hash of each dictionary entry."""
+def _id_values(column: Any) -> np.ndarray:
+    """64-bit values of an id column, any where null; strings by the hash of each dictionary entry."""
     if not isinstance(column, pa.DictionaryArray):
-        values[:] = _fixed(column, np.int64).view(np.uint64)
-        return
+        return _fixed(column, np.int64).view(np.uint64)
     hashes = [xxhash.xxh64_intdigest(word.encode()) for word in column.dictionary.to_pylist()]
     index = _fixed(column.indices, np.int32)
     if column.null_count:
         index = np.where(_validity(column), index, 0)
-    values[:] = np.array(hashes or [0], np.uint64)[index]
+    return np.array(hashes or [0], np.uint64)[index]

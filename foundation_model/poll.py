@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby
 
 import numpy as np
 
@@ -27,6 +27,5 @@ def encode_messages(
         rows = np.concatenate([message.first + own for message, own in members])
         start, stop = int(rows[0]) if len(rows) else 0, int(rows[-1]) + 1 if len(rows) else 0
         whole = encoder.encode(members[0][0].poll, slice(start, stop) if stop - start == len(rows) else rows)
-        ends = [0, *accumulate(len(own) for _, own in members)]
-        batches += [whole.slice(a, b) for a, b in pairwise(ends)]
+        batches += whole.split([len(own) for _, own in members])
     return batches

@@ -38,7 +38,7 @@ from vertical_models.trainer import StudentTrainer
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
-POLL_MESSAGES = 16
+POLL_MESSAGES = 32
 """Decoded and encoded together."""
 LOOKUP_MESSAGES = 4
 """Few: their logits are waited for together."""

@@ -25,7 +25,7 @@ def run(json_file: Path, *, events: int, kafka: str | None, redis: str | None, r
                 servers.append(start_redis(folder / "redis", append_only=False))
                 redis = f"redis://{servers[-1].address}/0"
             rows = das_store.measure(redis, events=events // 10, memory_events=events, repeats=repeats)
-            rows += das_examples.measure(rows=min(20_480, events // 200), repeats=repeats)
+            rows += das_examples.measure(rows=min(32_768, events // 200), repeats=repeats)
             if kafka is None:
                 servers.append(start_broker(folder / "broker"))
                 kafka = servers[-1].address

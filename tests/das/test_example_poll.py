@@ -18,7 +18,7 @@ from das.examples import ExampleDecoder, arrow_schema, encode_examples, example_
 
 SCHEMA = small_schema()
 ROWS = joined(SCHEMA, 40)
-VALUES = [encode_examples(ROWS[a:b], SCHEMA) for a, b in ((0, 7), (7, 8), (8, 8), (8, 25), (25, 40))]
+VALUES = [encode_examples(ROWS[a:b], SCHEMA, "lz4") for a, b in ((0, 7), (7, 8), (8, 8), (8, 25), (25, 40))]
 DECODER = ExampleDecoder(SCHEMA)
 
 
@@ -107,16 +107,13 @@ BAD: dict[str, bytes | None] = {
     "cut short": VALUES[1][:-9],
     "without its first dictionary": b"".join([PARTS[0], *PARTS[2:]]),
     "without any dictionary": b"".join([PARTS[0], *PARTS[-2:]]),
-    "a dictionary twice": b"".join([PARTS[0], PARTS[1], *PARTS[1:]]),
     "a dictionary after the rows": b"".join([PARTS[0], *PARTS[2:-1], PARTS[1], PARTS[-1]]),
     "rows twice": b"".join([*PARTS[:-1], *PARTS[-2:]]),
     "a label of 2": _replaced("click", pa.array([2] * 9, pa.int8())),
     "a null in a dictionary": _replaced(
         "tag", pa.DictionaryArray.from_arrays(pa.array([0] * 9, pa.int32()), pa.array([None], pa.string()))
     ),
-    "an unknown domain": encode_examples(joined(small_schema(domains=["0", "1", "2"]), 9), small_schema()).replace(
-        b"\x01\x00\x00\x001", b"\x01\x00\x00\x007"
-    ),
+    "an unknown domain": _replaced("domain", pa.array(["7"] * 9).dictionary_encode()),
     "another writer's column less": _stream(example_batch(ROWS[:9], SCHEMA).drop_columns(["price"])),
     "text": b"{}",
 }
@@ -128,6 +125,7 @@ def test_a_bad_message_does_not_touch_the_others(case: str, place: int) -> None:
     values: list[bytes | None] = [*VALUES[:place], BAD[case], *VALUES[place:]]
     results = outcomes(decode_poll(values, DECODER))
     assert results == one_by_one(values)
+    assert isinstance(results[place], tuple)  # its reason and detail
     assert [r for i, r in enumerate(results) if i != place] == one_by_one(VALUES)
 
 
@@ -139,6 +137,12 @@ def test_no_message_is_read_with_the_dictionary_of_the_one_before() -> None:
 def test_a_dictionary_that_adds_to_another_is_not_spliced() -> None:
     assert inspect_stream(VALUES[0]).dictionaries is not None
     assert inspect_stream(_with_delta()).dictionaries is None
+
+
+def test_a_message_with_a_dictionary_twice_is_decoded_by_itself(together: list[int]) -> None:
+    values = [VALUES[0], b"".join([PARTS[0], PARTS[1], *PARTS[1:]]), VALUES[3]]
+    assert outcomes(decode_poll(values, DECODER)) == one_by_one(values)
+    assert together == []
 
 
 def test_messages_of_different_writers_share_a_poll(together: list[int]) -> None:

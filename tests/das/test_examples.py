@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from das import examples
 from das.arrow_guard import decoded_bytes, inspect_stream
 from das.errors import Poison
-from das.examples import JoinedRow, arrow_schema, decode_examples, encode_examples, example_batch
+from das.examples import Compression, JoinedRow, arrow_schema, decode_examples, encode_examples, example_batch
 
 SCHEMA = small_schema()
 ROWS = joined(SCHEMA, 9)
-VALUE = encode_examples(ROWS, SCHEMA)
+VALUE = encode_examples(ROWS, SCHEMA, "lz4")
 
 
 def _stream(batch: pa.RecordBatch, *, batches: int = 1, compression: str | None = "lz4") -> bytes:
@@ -75,7 +75,15 @@ def test_columns_are_the_contract() -> None:
 
 
 def test_the_same_rows_give_the_same_bytes() -> None:
-    assert encode_examples(joined(small_schema(), 9), small_schema()) == VALUE
+    assert encode_examples(joined(small_schema(), 9), small_schema(), "lz4") == VALUE
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
+def test_compression_changes_no_row(compression: Compression) -> None:
+    rows = joined(SCHEMA, 256)
+    value = encode_examples(rows, SCHEMA, compression)
+    assert decode_examples(value, SCHEMA).equals(example_batch(rows, SCHEMA))
+    assert (len(value) < len(encode_examples(rows, SCHEMA))) == (compression != "none")
 
 
 @pytest.mark.parametrize("count", [0, 1, 256])
