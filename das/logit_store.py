@@ -31,19 +31,21 @@ local held = redis.call('GET', KEYS[2])
 if held and tonumber(held) > tonumber(ARGV[3]) then return {-1, held} end
 local reached = redis.call('GET', KEYS[1])
 if reached and not tonumber(reached) then return redis.error_reply('ERR the watermark is not a number') end
-local n, absent, written, identical = tonumber(ARGV[4]), {}, 0, 0
+local n, last, absent, count, written, identical = tonumber(ARGV[4]), #KEYS, {}, 0, 0, 0
 for i = 3, n + 2 do
-  local before, same = #absent, true
-  for j = i, #KEYS, n do
+  local before, same = count, true
+  for j = i, last, n do
     local there = redis.pcall('GET', KEYS[j])
-    if there == false then absent[#absent + 1] = j
+    if there == false then
+      count = count + 1
+      absent[count] = j
     elseif there ~= ARGV[j + 2] then same = false end
   end
-  if not same then for j = #absent, before + 1, -1 do absent[j] = nil end
-  elseif #absent > before then written = written + 1
+  if not same then count = before
+  elseif count > before then written = written + 1
   else identical = identical + 1 end
 end
-for _, j in ipairs(absent) do redis.call('SET', KEYS[j], ARGV[j + 2], 'PX', ARGV[2]) end
+for k = 1, count do redis.call('SET', KEYS[absent[k]], ARGV[absent[k] + 2], 'PX', ARGV[2]) end
 if not reached or tonumber(reached) < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 else redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 if held ~= ARGV[3] and ARGV[3] ~= '0' then redis.call('SET', KEYS[2], ARGV[3]) end
