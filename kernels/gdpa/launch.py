@@ -13,8 +13,17 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gdpa import triton_kernels
-from kernels.gdpa.tiles import Problem, Tiles, backward_query_tiles, backward_tiles, forward_tiles
+from kernels.gdpa.hopper import engine_view, forward_on_hopper, hopper_tiles, is_hopper
+from kernels.gdpa.tiles import (
+    MAX_ROUNDED_SUMS,
+    Problem,
+    Tiles,
+    backward_query_tiles,
+    backward_tiles,
+    forward_tiles,
+)
 
+_LONGEST = 2**31 - 1
 # The interpreter, which tests on CPU use, knows no inline assembly.
 _COMPILED = isinstance(triton_kernels._gdpa_fwd_kernel, triton.JITFunction)
 
@@ -61,6 +70,7 @@ def forward(
     q, k, v = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     problem = _problem(q, q_offsets, k, kv_offsets, window)
+    on_hopper = hopper_tiles(problem) if tiles is None and is_hopper(q.device) else None
     tiles = tiles or forward_tiles(problem)
     if problem.num_examples == 0:
         return out
@@ -68,6 +78,8 @@ def forward(
     splits = problem.query_splits(tiles.block_m) if short else problem.tile_splits(tiles.block_m)
     for name, heads in _runs(activation, problem.num_heads):
         tensors = _of_heads((q, k, v, out), heads)
+        if on_hopper and forward_on_hopper(tensors, q_offsets, kv_offsets, problem, on_hopper, name, inner, outer):
+            continue
         strides = _strides(("q", "k", "v", "o"), tensors)
         num_heads = tensors[0].shape[1]
         grid = (problem.num_examples * num_heads, splits)
@@ -111,53 +123,87 @@ def backward(
     tiles = tiles or backward_tiles(problem)
     if problem.num_examples == 0:
         return dq, dk, dv
-    mode, splits = _dq_mode(problem, tiles, dq_mode)
-    scratch = torch.empty(q.shape, dtype=_accumulator(q.dtype), device=q.device) if mode == "carry" else dq
+    modes = _dq_modes(problem, tiles, len(k)) if dq_mode is None else [dq_mode]
+    splits = _backward_splits(problem, tiles, modes[0])
+    scratch = torch.empty(q.shape, dtype=_accumulator(q.dtype), device=q.device) if "carry" in modes else dq
     dk_parts, dv_parts = dk, dv
-    if mode == "store" and splits > 1:
+    if modes[0] == "store" and splits > 1:
         dk_parts, dv_parts = torch.empty((2, splits, *k.shape), dtype=_accumulator(k.dtype), device=k.device).unbind()
-    kv_rows = k.shape[:-2].numel()
+    offsets = q_offsets, _offsets(kv_offsets, q_offsets)
     for name, heads in _runs(activation, problem.num_heads):
         qkvg = _of_heads((q, k, v, grad), heads)
         grads = _of_heads((dq, dk_parts, dv_parts, scratch), heads)
         strides = _strides(("q", "k", "v", "do", "g"), [*qkvg, dq])
-        num_heads = qkvg[0].shape[1]
-        grid = (problem.num_examples * num_heads, splits)
-        streamed = _described([qkvg[0], qkvg[3]], tiles, tiles.block_m)
-        q_and_grad = [qkvg[0], qkvg[3]] if streamed is None else streamed
-        triton_kernels._gdpa_bwd_kernel[grid](
-            q_and_grad[0], *qkvg[1:3], q_and_grad[1], *grads, q_offsets, _offsets(kv_offsets, q_offsets), num_heads,
-            problem.dense_keys or 0, kv_rows, window or 0, inner, outer,
-            DQ=mode, LATE=tiles.late and mode != "skip", TMA=streamed is not None,
-            JAGGED=kv_offsets is not None, WINDOW=window is not None,
-            **strides, **_options(problem, tiles, name),
-        )  # fmt: skip
-        if mode == "skip":
-            query_tiles = backward_query_tiles(problem)
-            query_splits = problem.tile_splits(query_tiles.block_m)
-            triton_kernels._gdpa_bwd_q_kernel[(grid[0], query_splits)](
-                *qkvg, grads[0], q_offsets, _offsets(kv_offsets, q_offsets), num_heads,
-                problem.dense_keys or 0, window or 0, inner, outer,
-                JAGGED=kv_offsets is not None, WINDOW=window is not None,
-                **strides, **_options(problem, query_tiles, name),
-            )  # fmt: skip
+        for mode in modes:
+            lengths = _lengths(mode, modes, tiles)
+            options = strides | {"JAGGED": kv_offsets is not None, "WINDOW": window is not None}
+            scalars = problem.dense_keys or 0, window or 0, inner, outer
+            _launch_backward(problem, tiles, mode, splits, name, qkvg, grads, offsets, lengths, scalars, options)
     if dk_parts is not dk:
         dk, dv = dk_parts.sum(0).to(k.dtype), dv_parts.sum(0).to(v.dtype)
     return dq, dk, dv
 
 
-def _dq_mode(problem: Problem, tiles: Tiles, asked: str | None) -> tuple[str, int]:
-    """How dQ is made (see `_gdpa_bwd_kernel`), and the second grid axis of that kernel."""
-    if asked is None:
-        one_tile = problem.dense_keys is not None and 0 < problem.dense_keys <= tiles.block_n
-        asked = "store" if one_tile else "carry" if tiles.carry and problem.enough_examples else "skip"
-    if asked == "store":
-        return asked, problem.query_splits(tiles.block_m)
-    if asked == "carry":
-        return asked, 1
+def _launch_backward(
+    problem: Problem,
+    tiles: Tiles,
+    mode: str,
+    splits: int,
+    activation: str,
+    qkvg: list[Any],
+    grads: list[Any],
+    offsets: tuple[Tensor, Tensor],
+    lengths: tuple[int, int],
+    scalars: tuple[int, int, float, float],
+    options: dict[str, Any],
+) -> None:
+    """One run of heads of one activation."""
+    num_heads, programs = qkvg[0].shape[1], problem.num_examples * qkvg[0].shape[1]
+    streamed = _described([qkvg[0], qkvg[3]], tiles, tiles.block_m)
+    q_and_grad = [qkvg[0], qkvg[3]] if streamed is None else streamed
+    triton_kernels._gdpa_bwd_kernel[(programs, splits)](
+        q_and_grad[0], *qkvg[1:3], q_and_grad[1], *grads, *offsets, num_heads, qkvg[1].shape[:-2].numel(),
+        *lengths, *scalars, DQ=mode, LATE=tiles.late and mode != "skip", TMA=streamed is not None,
+        **options, **_options(problem, tiles, activation),
+    )  # fmt: skip
+    if mode == "skip":
+        query_tiles = backward_query_tiles(problem)
+        triton_kernels._gdpa_bwd_q_kernel[(programs, problem.tile_splits(query_tiles.block_m))](
+            *qkvg, grads[0], *offsets, num_heads, *scalars, **options, **_options(problem, query_tiles, activation)
+        )
+
+
+def _dq_modes(problem: Problem, tiles: Tiles, kv_rows: int) -> list[str]:
+    """How dQ is made (see `_gdpa_bwd_kernel`): one way, or "add" for short examples and "carry" for the others."""
+    if problem.dense_keys is not None and 0 < problem.dense_keys <= tiles.block_n:
+        return ["store"]
+    if not (tiles.carry and problem.enough_examples):
+        return ["skip"]
+    if not problem.low_precision:
+        return ["add"]
+    key_tiles = problem.key_tiles(tiles)
+    if key_tiles is None:
+        return ["add"] if kv_rows <= MAX_ROUNDED_SUMS * tiles.block_n else ["add", "carry"]
+    return ["add"] if key_tiles <= MAX_ROUNDED_SUMS else ["carry"]
+
+
+def _lengths(mode: str, modes: list[str], tiles: Tiles) -> tuple[int, int]:
+    """The launch is for examples of more than the first number of keys, and at most the second."""
+    if len(modes) == 1:
+        return -1, _LONGEST
+    limit = MAX_ROUNDED_SUMS * tiles.block_n
+    return (-1, limit) if mode == "add" else (limit, _LONGEST)
+
+
+def _backward_splits(problem: Problem, tiles: Tiles, mode: str) -> int:
+    """The second grid axis of `_gdpa_bwd_kernel`."""
+    if mode == "store":
+        return problem.query_splits(tiles.block_m)
+    if mode in ("carry", "add"):
+        return 1
     if problem.dense_keys is not None:
-        return asked, max(1, -(-problem.dense_keys // tiles.block_n))
-    return asked, problem.tile_splits(tiles.block_n)
+        return max(1, -(-problem.dense_keys // tiles.block_n))
+    return problem.tile_splits(tiles.block_n)
 
 
 def _problem(q: Tensor, q_offsets: Tensor, k: Tensor, kv_offsets: Tensor | None, window: int | None) -> Problem:
@@ -195,16 +241,14 @@ def _options(problem: Problem, tiles: Tiles, activation: str) -> dict[str, Any]:
 
 def _described(tensors: Sequence[Tensor], tiles: Tiles, block: int) -> list[TensorDescriptor] | None:
     """Copy-engine descriptors of (rows, columns of all heads) in blocks of one head; None where it cannot read them."""
-    described = []
-    for x in tensors:
-        width, row_stride = x.shape[-1], x.stride(-3)
-        rows = x.shape[:-2].numel()
-        aligned = x.data_ptr() % 16 == 0 and row_stride * x.element_size() % 16 == 0
-        if not (tiles.tma and rows and aligned and width >= 16 and width & (width - 1) == 0):
-            return None
-        columns = (x.shape[-2] - 1) * x.stride(-2) + width
-        described.append(TensorDescriptor(x, [rows, columns], [row_stride, 1], [block, width]))
-    return described
+    views = [engine_view(x) if tiles.tma else None for x in tensors]
+    if None in views:
+        return None
+    return [
+        TensorDescriptor(x, *view, [block, x.shape[-1]])
+        for x, view in zip(tensors, views, strict=True)
+        if view is not None
+    ]
 
 
 def _strides(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, int]:

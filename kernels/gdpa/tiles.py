@@ -12,6 +12,8 @@ import torch
 # Programs that fill the largest card a few times over; below this, an example's queries are shared out.
 _ENOUGH_PROGRAMS = 512
 _MAX_SPLITS = 65_535  # of a CUDA grid's second axis
+# Key tiles whose share of dQ may be added in a 16-bit type, rounded each time: measured errors are in docs/kernels.md.
+MAX_ROUNDED_SUMS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Tiles:
     late: bool = False
     """A tile's result is stored an iteration later, so that no wait stands between its last product and the next."""
     carry: bool = True
-    """Backward over many key tiles, given enough examples: one program carries dQ along them. Else two passes."""
+    """Backward over many key tiles, given enough examples: one program adds up dQ along them. Else two passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,12 @@ class Problem:
         """One program per example and head fills the card."""
         return self.num_examples * self.num_heads >= _ENOUGH_PROGRAMS
 
+    def key_tiles(self, tiles: Tiles) -> int | None:
+        """The most key tiles that a query meets; None where only the device knows, for jagged keys without a window."""
+        if self.window is not None:
+            return -(-(tiles.block_m + 2 * self.window) // tiles.block_n) + 1
+        return None if self.dense_keys is None else -(-self.dense_keys // tiles.block_n)
+
     def _tiles(self, block: int) -> int:
         return -(-self.query_rows // (max(self.num_examples, 1) * block))
 
@@ -92,7 +100,7 @@ _FORWARD: dict[tuple[str, bool], Tiles] = {
     ("64", False): Tiles(64, 64, 4, 3),
     ("64", True): Tiles(64, 64, 4, 2),
     ("128", False): Tiles(64, 128, 4, 4, tma=True),
-    ("128", True): Tiles(128, 128, 8, 3, late=True),
+    ("128", True): Tiles(128, 128, 8, 4, late=True),
     ("256", False): Tiles(128, 64, 8, 3, tma=True),
     ("256", True): Tiles(128, 256, 8, 2, late=True),
     ("long", False): Tiles(128, 64, 4, 3, tma=True),
@@ -110,11 +118,11 @@ _BACKWARD: dict[tuple[str, bool], Tiles] = {
     ("128", False): Tiles(64, 128, 8, 3, late=True),
     ("128", True): Tiles(64, 128, 8, 3),
     ("256", False): Tiles(64, 128, 8, 3, late=True),
-    ("256", True): Tiles(64, 128, 8, 3, late=True),
-    ("long", False): Tiles(64, 128, 8, 3),
+    ("256", True): Tiles(64, 128, 8, 3),
+    ("long", False): Tiles(64, 128, 8, 3, late=True),
     ("long", True): Tiles(64, 128, 8, 3),
-    ("window", False): Tiles(64, 64, 8, 3, tma=True),
-    ("window", True): Tiles(64, 64, 8, 3, tma=True),
+    ("window", False): Tiles(64, 128, 8, 3),
+    ("window", True): Tiles(64, 128, 8, 3),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import LENGTHS, offsets_of
 from torch import Tensor
-from triton_cases import BOUNDS, DEVICE, FLOAT64_PRODUCTS, LOW, check, poisoned
+from triton_cases import BOUNDS, DEVICE, LOW, check, poisoned
 
 from kernels.gdpa import ACTIVATIONS
 from kernels.gdpa.launch import backward, forward, gdpa_triton
@@ -92,7 +92,7 @@ def test_no_keys_give_zeros() -> None:
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
 @pytest.mark.parametrize("late", [False, True], ids=["prompt", "late"])
-@pytest.mark.parametrize("mode", ["store", "carry", "skip"])
+@pytest.mark.parametrize("mode", ["store", "add", "carry", "skip"])
 @pytest.mark.parametrize("layout", ["dense", "jagged", "window"])
 def test_every_variant_computes_the_same(layout: str, mode: str, late: bool, tma: bool) -> None:
     if layout != "dense" and mode == "store":
@@ -108,6 +108,18 @@ def test_every_variant_computes_the_same(layout: str, mode: str, late: bool, tma
     actual += backward(grad, q, offsets[0], k, v, *rest, tiles=tiles, dq_mode=mode)
     expected = run(gdpa_reference, [t.double() for t in tensors], q_lengths, kv, "gelu_tanh", window)
     check("out dq dk dv", actual, expected, BOUNDS[LOW])
+
+
+def test_long_examples_carry_dq_in_float32_beside_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.gdpa.tiles._ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr("kernels.gdpa.launch.MAX_ROUNDED_SUMS", 1)
+    compare([3, 0, 50, 20], [5, 140, 0, 300], dtype=LOW)
+
+
+def test_a_wide_window_is_carried_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.gdpa.tiles._ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr("kernels.gdpa.launch.MAX_ROUNDED_SUMS", 1)
+    compare([3, 0, 150], [3, 0, 150], window=100, dtype=LOW)
 
 
 def test_columns_of_one_projection_need_no_copy() -> None:
@@ -128,7 +140,7 @@ def test_two_runs_agree_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.skipif(not FLOAT64_PRODUCTS, reason="float64 products: not on a GPU, nor before Triton 3.8")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU has no float64 product of two columns")
 @pytest.mark.parametrize("kv", [2, [2, 0, 1]], ids=["dense", "self"])
 def test_gradients_by_finite_differences(kv: int | list[int]) -> None:
     every = inputs([2, 0, 1], kv, width=2, dtype=torch.float64)

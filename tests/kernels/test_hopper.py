@@ -1,0 +1,79 @@
+"""The Hopper path of GDPA: it compiles to what its speed needs, and is left where it cannot run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.gdpa.hopper import engine_view, hopper_tiles, is_hopper
+from kernels.gdpa.tiles import Problem
+
+HERE = Path(__file__).parent
+
+
+def has_gluon() -> bool:
+    return importlib.util.find_spec("triton") is not None and (
+        importlib.util.find_spec("triton.experimental.gluon") is not None
+    )
+
+
+@pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon")
+def test_kernels_compile_without_spills_and_with_products_in_flight() -> None:
+    path = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(HERE.parents[1])])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path.strip(os.pathsep)}
+    report = subprocess.run(
+        [sys.executable, HERE / "compile_hopper.py"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert report.returncode == 0, report.stderr[-2000:]
+    cases = report.stdout.split("case ")[1:]
+    assert len(cases) == 5
+    for case in cases:
+        assert "0 bytes spill stores, 0 bytes spill loads" in case, case
+        assert "serialized" not in case, case
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("keys", [None, 1, 129, 256, 5000])
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_tiles_fit_shared_memory_and_the_ring_takes_turns(width: int, keys: int | None, window: int | None) -> None:
+    tiles = hopper_tiles(Problem(torch.bfloat16, 7, 3, width, 900, keys, window))
+    if tiles is not None:
+        assert tiles.slots % 2 == 1
+        assert tiles.slots >= 5 if tiles.early else tiles.slots >= 3
+        programs = 1 if tiles.num_warps == 8 else 2
+        tile_bytes = 2 * width * (2 * tiles.block_m + tiles.slots * tiles.block_n)
+        assert programs * (tile_bytes + 2048) <= 228 * 1024
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 64), (torch.bfloat16, 48), (torch.bfloat16, 256)])
+def test_what_it_cannot_take_is_left_to_triton(dtype: torch.dtype, width: int) -> None:
+    assert hopper_tiles(Problem(dtype, 7, 3, width, 900, None, None)) is None
+
+
+def test_only_a_hopper_card_runs_it() -> None:
+    assert not is_hopper(torch.device("cpu"))
+
+
+def test_the_copy_engine_reads_columns_of_one_projection() -> None:
+    qkv = torch.zeros(8, 3, 2, 64, dtype=torch.bfloat16)
+    assert engine_view(qkv[:, 1]) == ([8, 128], [384, 1])
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(0, 2, 64, dtype=torch.bfloat16),
+        torch.zeros(4, 2, 48, dtype=torch.bfloat16),
+        torch.zeros(4 * 2 * 64 + 1, dtype=torch.bfloat16)[1:].view(4, 2, 64),
+        torch.zeros(4, 129, dtype=torch.bfloat16)[:, :128].view(4, 2, 64),
+    ],
+    ids=["no rows", "width 48", "unaligned", "unaligned rows"],
+)
+def test_the_copy_engine_is_not_asked_for_what_it_cannot_read(x: torch.Tensor) -> None:
+    assert engine_view(x) is None
