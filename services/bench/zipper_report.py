@@ -20,6 +20,8 @@ from services.demo.compare import paired_ne_difference, student_t
 from services.demo.plot import draw
 
 BASE = "long_only"
+UNDRAWN = ("zipper_unweighted",)
+"""Its lines lie on those of `zipper`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,9 @@ def draw_results(results: Sequence[Result], path: Path) -> None:
     for model, by_arm in _by_model(results).items():
         for arm, own in by_arm.items():
             means = {name: fmean(getattr(r.judged, name) for r in own) for name in ("auc", "calibration")}
-            rows.append({"kind": "student", "portfolio": model, "arm": arm, "blocks": _mean_blocks(own), **means})
+            if arm not in UNDRAWN:
+                same = {"kind": "student", "portfolio": model, "arm": arm, "label": arm}
+                rows.append({**same, "blocks": _mean_blocks(own), **means})
     draw(rows, path, "Hotel bookings: NE on labels matured over 90 days, each booking scored on its day")
 
 

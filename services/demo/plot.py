@@ -13,7 +13,7 @@ BLOCK_ROWS = 1000
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Write one PNG from the rows of the table."""
+    """Write one PNG from the rows of the table. A row's `label` names its line; else its arm does."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,7 +68,7 @@ def moving_ne(blocks: list[list[float]], width: int = SMOOTH_BLOCKS) -> tuple[li
 
 def _draw_ne(axes: Any, portfolio: str, arms: list[dict[str, Any]], teacher: dict[str, Any] | None) -> None:
     for arm, color in zip(sorted(arms, key=lambda row: row["arm"]), COLORS, strict=False):
-        _draw_line(axes, arm, label=f"student, {arm['arm']}", color=color, linewidth=1.5)
+        _draw_line(axes, arm, label=arm.get("label", f"student, {arm['arm']}"), color=color, linewidth=1.5)
     if teacher:
         _draw_line(axes, teacher, label="teacher", color="#777777", linewidth=1, linestyle="--")
     axes.set_title(f"{portfolio}: NE (lower is better)", fontsize=10)
