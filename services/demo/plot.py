@@ -103,4 +103,4 @@ def _draw_dots(axes: Any, models: list[dict[str, Any]], portfolios: list[str], c
         axes.set_ylim(min(values) - spread / 4, max(values) + spread / 4)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, framealpha=0.3)  # a dot may lie under it
