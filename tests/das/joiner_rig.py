@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,13 @@ def run_here(config: KafkaConfig, timeout_s: float = 60, **changes: Any) -> Reco
         timer.cancel()
     assert not stop.is_set(), f"no end of the stream within {timeout_s} s"
     return telemetry
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
 
 
 def main(path: str) -> None:

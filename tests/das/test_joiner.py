@@ -12,6 +12,7 @@ from das.errors import Fatal, Retryable
 from das.join_state import JoinState, ReleaseKey, encode_state, last_state
 from das.quarantine import Quarantine, QuarantineLimit
 from das.stream import KafkaSink, Record
+from das.telemetry import RecordingTelemetry
 
 
 @pytest.fixture
@@ -108,6 +109,18 @@ def test_repeated_and_late_impressions_are_counted_and_leave_no_second_example(s
     assert counted == {"accepted": 600, "duplicate": 600, "late": 2}
     late = rig.read_topic(config, config.topics.quarantine, 0)
     assert sorted((r.headers["exfm-reason"], r.key) for r in late) == [(b"late", b"old"), (b"late", b"older")]
+
+
+def test_a_joiner_whose_schema_has_other_windows_than_its_waiting_rows_stops(sent) -> None:
+    config, sink = sent
+    rig.Stream(700).send(config, sink, end=False)
+    telemetry = RecordingTelemetry()
+    background = rig.Background(rig.make_joiner(config, telemetry, stop_at_end=False))
+    rig.until(lambda: telemetry.total("exfm_examples_rows_total") > 0)
+    background.stop.set()
+    background.finish()
+    with pytest.raises(Fatal, match=r"wait, hashed with salt 'rig'.* it let every impression wait 10000 ms"):
+        rig.run_here(config, schema=rig.ZIPPER)
 
 
 def test_a_window_that_does_not_fit_in_memory_says_what_to_set(sent) -> None:

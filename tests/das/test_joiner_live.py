@@ -19,18 +19,11 @@ from services.embedded import start_broker
 SHORT = {**rig.SCHEMA, "objectives": [{"name": "click", "window_s": 0.3}, {"name": "buy", "window_s": 0.4}]}
 
 
-def until(condition, timeout_s: float = 15.0) -> None:
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.05)
-
-
 def test_a_live_stream_leaves_with_the_clock_when_both_inputs_fall_silent(kafka_bootstrap: str, prefix: str) -> None:
     config, telemetry = rig.kafka_config(kafka_bootstrap, prefix), RecordingTelemetry()
     joiner = rig.make_joiner(config, telemetry, schema=SHORT, stop_at_end=False, idle_timeout_s=0.7, linger_ms=50)
     background, sink = rig.Background(joiner), KafkaSink(config)
-    until(lambda: ("exfm_joiner_pending", ()) in telemetry.gauges)
+    rig.until(lambda: ("exfm_joiner_pending", ()) in telemetry.gauges)
     now_ms = int(time.time() * 1000)
     for n in range(40):
         features = {"item": n, "price": 0}
@@ -40,7 +33,7 @@ def test_a_live_stream_leaves_with_the_clock_when_both_inputs_fall_silent(kafka_
             click = {"impression_id": f"i{n}", "objective": "click", "event_time": now_ms + n + 100, "value": 1}
             rig.send_json(config, sink, "feedback", f"i{n}", click)
     sink.flush(10)
-    until(lambda: telemetry.total("exfm_examples_rows_total") == 40)
+    rig.until(lambda: telemetry.total("exfm_examples_rows_total") == 40)
     background.stop.set()
     background.finish()
     sink.close()
@@ -52,7 +45,7 @@ def test_a_live_stream_leaves_with_the_clock_when_both_inputs_fall_silent(kafka_
 def test_an_idle_joiner_uses_almost_no_cpu(kafka_bootstrap: str, prefix: str, tmp_path: Path) -> None:
     config = rig.kafka_config(kafka_bootstrap, prefix)
     worker = rig.Worker(tmp_path, config, {"idle_timeout_s": 1.0, "session_timeout_s": 10}, stop_at_end=False)
-    until(lambda: len(worker.partitions_begun()) == 2)
+    rig.until(lambda: len(worker.partitions_begun()) == 2)
     process = psutil.Process(worker.process.pid)
     time.sleep(1.0)
     before, began_s = sum(process.cpu_times()[:2]), time.monotonic()
@@ -70,7 +63,7 @@ def test_a_broker_that_stalls_delays_examples_and_changes_none(tmp_path: Path, p
     stream, sink, telemetry = rig.Stream(1500), KafkaSink(config), RecordingTelemetry()
     stream.send(config, sink)
     background = rig.Background(rig.make_joiner(config, telemetry, poll_records=64, idle_timeout_s=1.0))
-    until(lambda: telemetry.total("exfm_examples_rows_total") > 100)
+    rig.until(lambda: telemetry.total("exfm_examples_rows_total") > 100)
     os.kill(server.process.pid, signal.SIGSTOP)
     time.sleep(4.0)
     assert telemetry.gauges["exfm_ready", ()] == 0
@@ -91,19 +84,19 @@ def test_a_stalled_broker_does_not_close_windows(tmp_path: Path, prefix: str) ->
     options = {"stop_at_end": False, "idle_timeout_s": 1.0, "session_timeout_s": 10, "linger_ms": 0}
     background = rig.Background(rig.make_joiner(config, telemetry, schema=SHORT, **options))
     sink = KafkaSink(config)
-    until(lambda: ("exfm_joiner_pending", ()) in telemetry.gauges)
+    rig.until(lambda: ("exfm_joiner_pending", ()) in telemetry.gauges)
     now_ms = int(time.time() * 1000)
     message = {"impression_id": "x", "event_time": now_ms, "domain": "0", "features": {"item": 1, "price": 0}}
     click = {"impression_id": "x", "objective": "click", "event_time": now_ms + 200, "value": 1}
     rig.send_json(config, sink, "impressions", "x", message)
     sink.flush(10)
-    until(lambda: telemetry.gauges["exfm_joiner_pending", ()] == 1)
+    rig.until(lambda: telemetry.gauges["exfm_joiner_pending", ()] == 1)
     os.kill(server.process.pid, signal.SIGSTOP)
     time.sleep(4.0)
     os.kill(server.process.pid, signal.SIGCONT)
     rig.send_json(config, sink, "feedback", "x", click)
     sink.flush(10)
-    until(lambda: telemetry.total("exfm_examples_rows_total") == 1)
+    rig.until(lambda: telemetry.total("exfm_examples_rows_total") == 1)
     background.stop.set()
     background.finish()
     assert rig.Examples(config).labels == {"x": (1, 0)}
@@ -120,7 +113,7 @@ def test_silence_of_a_stalled_broker_is_told_from_silence_of_the_stream(tmp_path
     source.poll(0.2, 10)
     assert source.reachable(2.0)
     os.kill(server.process.pid, signal.SIGSTOP)
-    until(lambda: psutil.Process(server.process.pid).status() == psutil.STATUS_STOPPED)
+    rig.until(lambda: psutil.Process(server.process.pid).status() == psutil.STATUS_STOPPED)
     assert not source.reachable(0.5)
     os.kill(server.process.pid, signal.SIGCONT)
     assert source.reachable(5.0)
