@@ -33,6 +33,7 @@ from services.supervisor import Supervisor
 from services.up import open_live_page
 
 SETTINGS = "settings.yaml"
+ADDRESSES = ("EXFM_KAFKA__BOOTSTRAP", "EXFM_REDIS__URL")
 MIN_HIT_RATE = 0.999
 PLAIN_WIDTH = 100
 
@@ -41,6 +42,9 @@ def run(out: Path, *, device: str = "cpu", speed: str = "max", seed: int = 1, ro
     """Run the demo in the folder `out`; returns 0 only if every promise held."""
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     started_s = time.monotonic()
+    for name in ADDRESSES:
+        if os.environ.pop(name, None) is not None:
+            console.print(f"{name} is not used: the demo brings its own servers; exfm up takes yours", highlight=False)
     try:
         out = prepare_folder(out)
         keep_inside(out)

@@ -27,6 +27,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
         "HOME": str(folder / "home"),
         "TMPDIR": str(folder / "tmp"),
         "PYTHONDONTWRITEBYTECODE": "1",
+        "EXFM_KAFKA__BOOTSTRAP": "127.0.0.1:1",
     }
     command = [sys.executable, "-m", "services.cli", "demo", "--rows", str(ROWS), "--out", str(folder / "out")]
     environ["PYTHONPATH"] = str(ROOT)
@@ -82,6 +83,7 @@ def test_document_says_what_it_was_measured_on(demo: tuple[Path, Any]) -> None:
 
 def test_progress_table_and_picture_are_shown(demo: tuple[Path, Any]) -> None:
     folder, run = demo
+    assert "EXFM_KAFKA__BOOTSTRAP is not used: the demo brings its own servers" in run.stdout
     assert "events/s" in run.stdout
     assert "starting processes, " in run.stdout
     assert "1/long_view     distilled" in run.stdout
