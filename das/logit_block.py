@@ -22,6 +22,7 @@ At 256 rows x 2 objectives in float16 a block has 1,084 bytes: it stays inside j
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -100,25 +101,53 @@ def encode_block(
 
 def decode_block(data: bytes) -> LogitBlock:
     """Decode and verify one block; raises BlockError on anything but bytes that `encode_block` made."""
+    (block,) = decode_blocks([data])
+    if isinstance(block, BlockError):
+        raise block
+    return block
+
+
+def decode_blocks(blocks: Sequence[bytes]) -> list[LogitBlock | BlockError]:
+    """`decode_block` of each, or the error that it raises; their logits are converted together."""
+    opened = [_open(data) for data in blocks]
+    rest: dict[int, npt.NDArray[np.float32]] = {}
+    finite: dict[int, bool] = {}
+    for code, dtype in _DTYPES.items():
+        payloads = [each[1] for each in opened if isinstance(each, tuple) and each[0] == code]
+        if payloads:
+            rest[code] = np.frombuffer(b"".join(payloads), dtype).astype(np.float32)
+            rest[code].flags.writeable = False
+            finite[code] = _within(rest[code], _LIMITS[code])
+    decoded: list[LogitBlock | BlockError] = []
+    for each in opened:
+        if isinstance(each, BlockError):
+            decoded.append(each)
+            continue
+        code, _, rows, objectives, teacher, offset, through_ms, schema, message = each
+        size = rows * objectives
+        logits, rest[code] = rest[code][:size], rest[code][size:]
+        if finite[code] or np.isfinite(logits).all():
+            decoded.append(LogitBlock(teacher, offset, through_ms, schema, message, logits.reshape(rows, objectives)))
+        else:
+            decoded.append(BlockError("corrupt", "a logit is NaN or infinite"))
+    return decoded
+
+
+def _open(data: bytes) -> tuple[int, bytes, int, int, int, int, int, int, int] | BlockError:
+    """dtype code, payload, rows, objectives, then the fields of `LogitBlock`; sizes and checksum are right."""
     if len(data) < HEADER_BYTES or data[:4] != MAGIC:
-        raise BlockError("format", f"{len(data)} bytes that do not start with a block header")
-    head = data[: CHECKED.size]
+        return BlockError("format", f"{len(data)} bytes that do not start with a block header")
+    head, payload = data[: CHECKED.size], data[HEADER_BYTES:]
     _, version, code, objectives, rows, teacher, offset, through_ms, schema, message = CHECKED.unpack(head)
     if version != FORMAT:
-        raise BlockError("format", f"block format {version}, this reader knows {FORMAT}")
-    payload = data[HEADER_BYTES:]
-    (checksum,) = CHECKSUM.unpack_from(data, CHECKED.size)
-    if checksum != digest(head, payload):
-        raise BlockError("corrupt", "the block checksum does not match")
+        return BlockError("format", f"block format {version}, this reader knows {FORMAT}")
+    if CHECKSUM.unpack_from(data, CHECKED.size)[0] != digest(head, payload):
+        return BlockError("corrupt", "the block checksum does not match")
     if code not in _DTYPES:
-        raise BlockError("format", f"unknown dtype code {code}")
+        return BlockError("format", f"unknown dtype code {code}")
     if len(payload) != rows * objectives * _DTYPES[code].itemsize:
-        raise BlockError("corrupt", f"{len(payload)} payload bytes for {rows} rows x {objectives} objectives")
-    logits = np.frombuffer(payload, _DTYPES[code]).reshape(rows, objectives).astype(np.float32)
-    if not _within(logits, _LIMITS[code]) and not np.isfinite(logits).all():
-        raise BlockError("corrupt", "a logit is NaN or infinite")
-    logits.flags.writeable = False
-    return LogitBlock(teacher, offset, through_ms, schema, message, logits)
+        return BlockError("corrupt", f"{len(payload)} payload bytes for {rows} rows x {objectives} objectives")
+    return code, payload, rows, objectives, teacher, offset, through_ms, schema, message
 
 
 def _within(logits: npt.NDArray[np.floating], limit: float) -> bool:
@@ -128,4 +157,4 @@ def _within(logits: npt.NDArray[np.floating], limit: float) -> bool:
 
 def digest(head: bytes, payload: bytes) -> int:
     """The checksum of a block: of its header before it, and of its payload."""
-    return int(xxhash.xxh64_intdigest(b"".join((head, payload))))
+    return int(xxhash.xxh64_intdigest(head + payload))

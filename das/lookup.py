@@ -16,7 +16,7 @@ from pydantic import Field
 
 from das.config import Config
 from das.errors import Retryable
-from das.logit_block import BlockError, LogitBlock, decode_block
+from das.logit_block import BlockError, LogitBlock, decode_blocks
 from das.logit_store import Fetched, LogitStore
 from das.schema import FeatureSchema
 from das.telemetry import Telemetry
@@ -147,9 +147,10 @@ class LogitLookup:
             state.degraded, state.moved_s = False, self._clock()
         state.watermark = answer.watermark
         left = []
+        decoded = iter(decode_blocks([raw for raw in answer.blocks if raw is not None]))
         for index, raw in zip(call.pending[partition], answer.blocks, strict=True):
             if raw is not None:
-                self._verify(call, index, raw)
+                self._verify(call, index, next(decoded))
             elif call.messages[index].offset < answer.watermark:
                 call.missed[index] = "absent"
             else:
@@ -160,13 +161,11 @@ class LogitLookup:
             del call.pending[partition]
         return moved
 
-    def _verify(self, call: _Call, index: int, raw: bytes) -> None:
+    def _verify(self, call: _Call, index: int, block: LogitBlock | BlockError) -> None:
         """Use a block only if it is whole, of this schema and of exactly this message."""
         message = call.messages[index]
-        try:
-            block = decode_block(raw)
-        except BlockError as error:
-            call.missed[index] = error.reason
+        if isinstance(block, BlockError):
+            call.missed[index] = block.reason
             return
         rows, heads = block.logits.shape
         if block.schema_fingerprint != self._fingerprint or heads != self._num_heads:

@@ -15,7 +15,7 @@ import numpy as np
 import redis
 
 from das.errors import ConfigError, Fatal
-from das.logit_block import decode_block, encode_block
+from das.logit_block import BlockError, decode_blocks, encode_block
 from das.logit_store import LogitStore
 from das.redis_client import RedisConfig, connect
 from services.bench.document import Row
@@ -134,7 +134,10 @@ def _get_blocks(store: LogitStore, num_events: int) -> np.ndarray:
     for start in range(0, num_events, CHUNK):
         end = min(start + CHUNK, num_events)
         offsets = [FIRST_OFFSET + row // ROWS for row in range(start, end, ROWS)]
-        parts += [decode_block(block or b"").logits for block in store.fetch(0, offsets).blocks]
+        for block in decode_blocks([raw or b"" for raw in store.fetch(0, offsets).blocks]):
+            if isinstance(block, BlockError):
+                raise Fatal(f"a block was not read as it was written: {block}")
+            parts.append(block.logits)
     return np.concatenate(parts)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from das.logit_block import HEADER_BYTES, BlockError, decode_block, encode_block
+from das.logit_block import HEADER_BYTES, BlockError, decode_block, decode_blocks, encode_block
 
 FIELDS = {
     "teacher_version": 7,
@@ -149,6 +149,26 @@ def test_a_stored_nan_is_never_used() -> None:
     data = encode(1, 1)
     with pytest.raises(BlockError, match="NaN"):
         decode_block(forge(data[:HEADER_BYTES] + np.float16(np.nan).tobytes()))
+
+
+def test_blocks_decoded_together_are_as_each_alone_and_bad_ones_spoil_no_other() -> None:
+    normal = np.random.default_rng(3).normal(size=(9, 2))
+    nan = forge(encode(1, 1)[:HEADER_BYTES] + np.float16(np.nan).tobytes())
+    good = [
+        encode(4, 2),
+        encode_block(normal, dtype="float32", **FIELDS),
+        encode(0, 3),
+        encode_block(normal * 1e6, **FIELDS),  # saturated
+        encode_block(normal[:1], dtype="float32", **FIELDS),
+        encode(1, 5),
+    ]
+    together = decode_blocks([nan, *good[:3], b"no block", *good[3:], good[0][:-1]])
+    bad = [block.reason if isinstance(block, BlockError) else None for block in together]
+    assert bad == ["corrupt", None, None, None, "format", None, None, None, "corrupt"]
+    found = [block for block in together if not isinstance(block, BlockError)]
+    for block, data in zip(found, good, strict=True):
+        np.testing.assert_array_equal(block.logits, decode_block(data).logits)
+        assert {name: getattr(block, name) for name in FIELDS} == FIELDS
 
 
 def test_logits_of_a_block_cannot_be_changed() -> None:
