@@ -109,7 +109,6 @@ class FeatureEncoder:
         place = {name: i for i, name in enumerate(layout.names)}
         self._cat_tables = _Tables(layout, [place[f.table_name] for f in self._categorical])
         self._seq_tables = {s.name: _Tables(layout, [place[f.table_name] for f in s.fields]) for s in self._sequences}
-        self._scaler = _Scaler(self._numeric)
         missing = tuple(f"{self._numeric[i].name}.missing" for i in self._indicators)
         self.spec = InputSpec(
             tables=layout,
@@ -171,10 +170,11 @@ class FeatureEncoder:
 
     def _numbers(self, columns: dict[str, Any], num_rows: int) -> np.ndarray:
         num_NB = _empty((len(self.spec.numeric), num_rows), np.float32)
-        for i, feature in enumerate(self._numeric):
-            num_NB[i] = _fixed(columns[feature.name], np.float32)
         count = len(self._numeric)
-        self._scaler.scale(num_NB[:count])
+        with np.errstate(invalid="ignore", over="ignore"):  # the slots of nulls hold anything
+            for num_B, feature in zip(num_NB, self._numeric, strict=False):
+                _transform(_fixed(columns[feature.name], np.float32), feature, num_B)
+            np.clip(num_NB[:count], -NUMERIC_LIMIT, NUMERIC_LIMIT, out=num_NB[:count])
         num_NB[count:] = 0.0
         for j, i in enumerate(self._indicators):
             column = columns[self._numeric[i].name]
@@ -274,23 +274,15 @@ class _Tables:
         return _transposed(ids_CB)
 
 
-class _Scaler:
-    """The numeric transforms of all columns at once, in place on (N, B)."""
-
-    def __init__(self, features: tuple[NumericFeature, ...]) -> None:
-        self._log = [i for i, f in enumerate(features) if f.transform == "log1p"]
-        self._standard = [
-            (i, np.float32(f.mean), np.float32(f.std)) for i, f in enumerate(features) if f.transform == "standardize"
-        ]
-
-    def scale(self, num_NB: np.ndarray) -> None:
-        with np.errstate(invalid="ignore", over="ignore"):  # the slots of nulls hold anything
-            for i in self._log:
-                np.log1p(np.maximum(num_NB[i], 0.0, out=num_NB[i]), out=num_NB[i])
-            for i, mean, std in self._standard:
-                num_NB[i] -= mean
-                num_NB[i] /= std
-            np.clip(num_NB, -NUMERIC_LIMIT, NUMERIC_LIMIT, out=num_NB)
+def _transform(values: np.ndarray, feature: NumericFeature, out: np.ndarray) -> None:
+    """The numeric transform of one feature, not yet clipped."""
+    if feature.transform == "log1p":
+        np.log1p(np.maximum(values, 0.0, out=out), out=out)
+    elif feature.transform == "standardize":
+        np.subtract(values, np.float32(feature.mean), out=out)
+        out /= np.float32(feature.std)
+    else:
+        out[:] = values
 
 
 def splitmix64(x: np.ndarray, spare: np.ndarray) -> None:
@@ -319,6 +311,8 @@ def _select(batch: pa.RecordBatch, rows: np.ndarray | slice | None) -> pa.Record
         return batch
     if isinstance(rows, slice):
         start, stop, step = rows.indices(batch.num_rows)
+        if (start, stop, step) == (0, batch.num_rows, 1):
+            return batch
         if step == 1:
             return batch.slice(start, max(0, stop - start))
         rows = np.arange(start, stop, step)
