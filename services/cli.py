@@ -229,11 +229,22 @@ def bench_kernels(
     shape: Annotated[str | None, typer.Option(help="Only the shape of this name.")] = None,
     compiled: Annotated[bool, typer.Option(help="With torch.compile among the baselines.")] = True,
     seconds: Annotated[float, typer.Option(help="Leave out baselines that would begin later than this.")] = 1800.0,
+    compile_seconds: Annotated[float, typer.Option(help="The same for torch.compile's.")] = 600.0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Measure nothing; draw the rows of --json's file as this PNG.")
+    ] = None,
 ) -> None:
     """Kernels on a GPU, forward and backward, beside eager PyTorch and torch's own."""
+    if plot is not None:
+        from services.bench.kernel_plot import draw_file
+
+        if json_file is None:
+            raise typer.BadParameter("--plot draws the rows of a file: name it with --json")
+        draw_file(json_file, plot)
+        return
     from services.bench.kernels import run
 
-    run(op, shape, json_file, compiled=compiled, seconds=seconds)
+    run(op, shape, json_file, compiled=compiled, seconds=seconds, compile_seconds=compile_seconds)
 
 
 @bench.command("das")

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.attention import triton_kernels
 
 _MAX_SPLITS = 65_535  # of a CUDA grid's second axis
+_LONG = 4096  # mean rows of an example above which one program alone takes too long
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +27,23 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Tiles of the three kernels."""
+    """Tiles of the kernels."""
 
     forward: Tiles
     backward_q: Tiles
     backward_kv: Tiles
+    backward_seeds: Tiles
+    """Where all shared queries fit one tile: one pass instead of the two before."""
 
 
 # By (wide heads, D > 64; window), the fastest measured on an H100.
-_EXACT = Plan(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
+_SMALL = Tiles(32, 32, 4, 1)
+_EXACT = Plan(_SMALL, _SMALL, _SMALL, _SMALL)
 _PLANS: dict[tuple[bool, bool], Plan] = {
-    (True, True): Plan(Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)),
-    (False, True): Plan(Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)),
-    (True, False): Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 64, 4, 3)),
-    (False, False): Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3)),
+    (True, True): Plan(Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
+    (False, True): Plan(Tiles(128, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+    (True, False): Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
+    (False, False): Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)),
 }
 
 
@@ -93,7 +97,7 @@ def forward(
     splits = _splits(rows, num_examples, tiles.block_m, even=shared)
     triton_kernels._softmax_fwd_kernel[(num_examples * num_heads, splits)](
         q, k, v, out, lse, offsets, offsets, num_heads, q.shape[0], window or 0, scale * math.log2(math.e),
-        **_strides(q=q, k=k, v=v, o=out), **_options(q, tiles, shared, window),
+        SHARED=shared, WINDOW=window is not None, **_strides(q=q, k=k, v=v, o=out), **_options(q, tiles),
     )  # fmt: skip
     return out, lse
 
@@ -109,24 +113,42 @@ def backward(
     if num_examples == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
     plan = plan or plan_for(q.dtype, q.shape[2], window)
-    delta = torch.empty_like(lse)
     scales = (scale, scale * math.log2(math.e))
     strides = _strides(q=q, k=k, v=v, do=grad, g=out)
-    tiles = plan.backward_q
-    splits = _splits(out.shape[0], num_examples, tiles.block_m, even=shared)
-    triton_kernels._softmax_bwd_q_kernel[(num_examples * num_heads, splits)](
-        q, k, v, out, grad, lse, delta, dq, offsets, offsets, num_heads, q.shape[0], window or 0, *scales,
-        **strides, **_options(q, tiles, shared, window),
-    )  # fmt: skip
-    tiles = plan.backward_kv
-    splits = _splits(k.shape[0], num_examples, tiles.block_n, even=False)
-    triton_kernels._softmax_bwd_kv_kernel[(num_examples * num_heads, splits)](
-        q, k, v, grad, lse, delta, dk, dv, offsets, offsets, num_heads, q.shape[0], window or 0, *scales,
-        **strides, **_options(q, tiles, shared, window),
-    )  # fmt: skip
+    tiles = plan.backward_seeds
+    if shared and q.shape[0] <= tiles.block_m and k.shape[0] <= _LONG * num_examples:
+        triton_kernels._softmax_bwd_seeds_kernel[(num_examples * num_heads,)](
+            q, k, v, out, grad, lse, dq, dk, dv, offsets, num_heads, q.shape[0], *scales,
+            **strides, **_options(q, tiles),
+        )  # fmt: skip
+    else:
+        tensors = (q, k, v, out, grad, lse, dq, dk, dv, offsets)
+        _backward_in_two(tensors, shared, window, scales, strides, plan)
     if shared:
         dq = dq.view(num_examples, *q.shape).sum(0, dtype=_accumulator(q.dtype)).to(q.dtype)
     return dq, dk, dv
+
+
+def _backward_in_two(
+    tensors: tuple[Tensor, ...], shared: bool, window: int | None, scales: tuple[float, float],
+    strides: dict[str, int], plan: Plan,
+) -> None:  # fmt: skip
+    """dQ by query tile, then dK and dV by key tile."""
+    q, k, v, out, grad, lse, dq, dk, dv, offsets = tensors
+    num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
+    delta = torch.empty_like(lse)
+    flags = {"SHARED": shared, "WINDOW": window is not None}
+    sizes = (num_heads, q.shape[0], window or 0)
+    tiles = plan.backward_q
+    splits = _splits(out.shape[0], num_examples, tiles.block_m, even=shared)
+    triton_kernels._softmax_bwd_q_kernel[(num_examples * num_heads, splits)](
+        q, k, v, out, grad, lse, delta, dq, offsets, offsets, *sizes, *scales, **strides, **_options(q, tiles), **flags
+    )
+    tiles = plan.backward_kv
+    splits = _splits(k.shape[0], num_examples, tiles.block_n, even=False)
+    triton_kernels._softmax_bwd_kv_kernel[(num_examples * num_heads, splits)](
+        q, k, v, grad, lse, delta, dk, dv, offsets, offsets, *sizes, *scales, **strides, **_options(q, tiles), **flags
+    )
 
 
 def _splits(rows: int, num_examples: int, block: int, *, even: bool) -> int:
@@ -135,15 +157,13 @@ def _splits(rows: int, num_examples: int, block: int, *, even: bool) -> int:
     return max(1, min(tiles if even else 2 * tiles, _MAX_SPLITS))
 
 
-def _options(q: Tensor, tiles: Tiles, shared: bool, window: int | None) -> dict[str, Any]:
+def _options(q: Tensor, tiles: Tiles) -> dict[str, Any]:
     width = q.shape[-1]
     return {
         "D": width,
         "BLOCK_D": max(16, 1 << (width - 1).bit_length()),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
-        "SHARED": shared,
-        "WINDOW": window is not None,
         "PRECISION": None if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,

@@ -28,11 +28,14 @@ def _query_rows(offsets, b, num_shared, SHARED: tl.constexpr):
 
 
 @triton.jit
-def _allowed(row, column, length, window, WINDOW: tl.constexpr):
-    allowed = column < length
+def _allowed(row_M, column_N, length, window, WINDOW: tl.constexpr):
+    """(M, N), True where row m sees column n. One unsigned comparison is both bounds: below the first, it wraps."""
     if WINDOW:
-        allowed = allowed & (row - column <= window) & (column - row <= window)
-    return allowed
+        lowest_M = row_M - window
+        reach_M = tl.minimum(row_M + window, length - 1) - lowest_M
+        return (column_N[None, :] - lowest_M[:, None]).to(tl.uint32) <= reach_M.to(tl.uint32)[:, None]
+    else:
+        return (column_N < length)[None, :]
 
 
 @triton.jit(do_not_specialize=["window", "num_shared"])
@@ -68,7 +71,7 @@ def _softmax_fwd_kernel(
             v_ND = load_rows(v_base, n, length, stride_vt, BLOCK_N, D, BLOCK_D)
             s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * scale_log2
             column_N = n + tl.arange(0, BLOCK_N)
-            s_MN = tl.where(_allowed(row_M[:, None], column_N[None, :], length, window, WINDOW), s_MN, float("-inf"))
+            s_MN = tl.where(_allowed(row_M, column_N, length, window, WINDOW), s_MN, float("-inf"))
             higher_M = tl.maximum(top_M, tl.max(s_MN, 1))
             # A row with no key so far must not compute inf - inf.
             base_M = tl.where(higher_M == float("-inf"), 0.0, higher_M)
@@ -125,8 +128,8 @@ def _softmax_bwd_q_kernel(
             s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
             dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision=PRECISION)
             column_N = n + tl.arange(0, BLOCK_N)
-            allowed_MN = _allowed(row_M[:, None], column_N[None, :], length, window, WINDOW)
-            p_MN = tl.where(allowed_MN, tl.exp2(s_MN * scale_log2 - lse_M[:, None]), 0.0)
+            p_MN = tl.exp2(s_MN * scale_log2 - lse_M[:, None])
+            p_MN = tl.where(_allowed(row_M, column_N, length, window, WINDOW), p_MN, 0.0)
             ds_MN = p_MN * (dp_MN - delta_M[:, None])
             dq_MD = tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=PRECISION)
         store_rows(dq_base, dq_MD * scale, m, num_q, stride_gt, BLOCK_M, D, BLOCK_D)
@@ -169,13 +172,55 @@ def _softmax_bwd_kv_kernel(
             do_MD = load_rows(do_base, m, num_q, stride_dot, BLOCK_M, D, BLOCK_D)
             lse_M = tl.load(lse + at_M, mask=row_M < num_q, other=0.0)
             delta_M = tl.load(delta + at_M, mask=row_M < num_q, other=0.0)
-            s_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION)
-            dp_NM = tl.dot(v_ND, tl.trans(do_MD), input_precision=PRECISION)
-            p_NM = tl.exp2(s_NM * scale_log2 - lse_M[None, :])
+            # Queries as rows: a thread then holds two of their numbers, not sixteen.
+            s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
+            dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision=PRECISION)
+            p_MN = tl.exp2(s_MN * scale_log2 - lse_M[:, None])
             if WINDOW:
-                p_NM = tl.where(_allowed(row_M[None, :], column_N[:, None], length, window, WINDOW), p_NM, 0.0)
-            ds_NM = p_NM * (dp_NM - delta_M[None, :])
-            dv_ND = tl.dot(p_NM.to(do_MD.dtype), do_MD, dv_ND, input_precision=PRECISION)
-            dk_ND = tl.dot(ds_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision=PRECISION)
+                from_lowest_MN = (column_N[None, :] - (row_M - window)[:, None]).to(tl.uint32)
+                p_MN = tl.where(from_lowest_MN <= 2 * window, p_MN, 0.0)
+            ds_MN = p_MN * (dp_MN - delta_M[:, None])
+            dv_ND = tl.dot(tl.trans(p_MN.to(do_MD.dtype)), do_MD, dv_ND, input_precision=PRECISION)
+            dk_ND = tl.dot(tl.trans(ds_MN.to(q_MD.dtype)), q_MD, dk_ND, input_precision=PRECISION)
         store_rows(dk + part, dk_ND * scale, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
         store_rows(dv + part, dv_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["num_shared"])
+def _softmax_bwd_seeds_kernel(
+    q, k, v, out, do, lse, dq, dk, dv, offsets, num_heads, num_shared, scale, scale_log2,
+    stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
+    stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
+    stride_gt: tl.constexpr, stride_gh: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Shared queries of one tile: they stay on chip while the keys stream by, and each dK and dV is complete."""
+    pid = tl.program_id(0).to(tl.int64)
+    b, h = pid // num_heads, pid % num_heads
+    first, length = example_rows(offsets, b, 0, True)
+    own = b * num_shared
+    row_M = tl.arange(0, BLOCK_M)
+    q_MD = load_rows(q + h * stride_qh, 0, num_shared, stride_qt, BLOCK_M, D, BLOCK_D)
+    do_MD = load_rows(do + own * stride_dot + h * stride_doh, 0, num_shared, stride_dot, BLOCK_M, D, BLOCK_D)
+    o_MD = load_rows(out + own * stride_gt + h * stride_gh, 0, num_shared, stride_gt, BLOCK_M, D, BLOCK_D)
+    lse_M = tl.load(lse + (own + row_M) * num_heads + h, mask=row_M < num_shared, other=0.0)
+    k_base = k + first * stride_kt + h * stride_kh
+    v_base = v + first * stride_vt + h * stride_vh
+    part = first * stride_gt + h * stride_gh
+    ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
+    delta_M = tl.sum(o_MD.to(ACC) * do_MD.to(ACC), 1)
+    dq_MD = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    for n in range(0, length, BLOCK_N):
+        k_ND = load_rows(k_base, n, length, stride_kt, BLOCK_N, D, BLOCK_D)
+        v_ND = load_rows(v_base, n, length, stride_vt, BLOCK_N, D, BLOCK_D)
+        s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
+        dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision=PRECISION)
+        # Keys past the end are zeros and add nothing to dQ, as long as their weight is finite: no real one is above 1.
+        p_MN = tl.exp2(tl.minimum(s_MN * scale_log2 - lse_M[:, None], 0.0))
+        ds_MN = (p_MN * (dp_MN - delta_M[:, None]) * scale).to(q_MD.dtype)
+        dv_ND = tl.dot(tl.trans(p_MN.to(do_MD.dtype)), do_MD, input_precision=PRECISION)
+        dk_ND = tl.dot(tl.trans(ds_MN), q_MD, input_precision=PRECISION)
+        store_rows(dv + part, dv_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
+        store_rows(dk + part, dk_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
+        dq_MD = tl.dot(ds_MN, k_ND, dq_MD, input_precision=PRECISION)
+    store_rows(dq + own * stride_gt + h * stride_gh, dq_MD, 0, num_shared, stride_gt, BLOCK_M, D, BLOCK_D)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import Backend
+from kernels.gdpa import gdpa
 from services.bench.kernel_shapes import Case
 
 Baseline = tuple[str, Callable[..., Tensor], list[Tensor], Tensor]
@@ -18,17 +21,46 @@ Baseline = tuple[str, Callable[..., Tensor], list[Tensor], Tensor]
 
 def baselines(case: Case, *, compiled: bool) -> Iterator[Baseline]:
     """Those that exist for the case. Padding is done beforehand, in the baseline's favor."""
-    if case.shape.op != "gdpa":
+    if case.shape.op == "sum_kron":
+        yield from _kron_orders(case)
+        return
+    if case.shape.op == "gdpa_block":
+        yield from _around_gdpa(case)
+    elif case.shape.op != "gdpa":
         varlen = _varlen(case)
         if varlen is not None:
             yield varlen
-    function, leaves, grad = _padded(case)
-    yield "eager", function, leaves, grad
+    function, leaves, options, grad = _padded(case)
+    yield "eager", functools.partial(function, **options), leaves, grad
     if compiled:
-        yield "compile", torch.compile(function, dynamic=False), leaves, grad
+        yield "compile", functools.partial(_compiled(function), **options), leaves, grad
 
 
-def _padded(case: Case) -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One graph serves all shapes of a function: compiling for each alone takes minutes."""
+    return torch.compile(function, dynamic=True)
+
+
+def _gdpa_padded(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
+    weights = F.gelu(q @ k.transpose(-1, -2) * scale, approximate="tanh")
+    return (weights if mask is None else weights * mask) @ v
+
+
+def _block_padded(s: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
+    """Norms over heads and width of (B, H, L, D)."""
+    rows_BLHD = s.transpose(1, 2)
+    q = F.layer_norm(rows_BLHD, rows_BLHD.shape[2:], eps=1e-5).transpose(1, 2)
+    g_BLHD = (_gdpa_padded(q, k, v, mask=mask, scale=scale) + q).transpose(1, 2)
+    return F.rms_norm(g_BLHD, g_BLHD.shape[2:], eps=1e-5).transpose(1, 2) + s
+
+
+def _softmax_padded(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _padded(case: Case) -> tuple[Callable[..., Tensor], list[Tensor], dict[str, Any], Tensor]:
+    """Function, leaves, its options, and the gradient of its output."""
     shape = case.shape
     q, k, v = (x.detach() for x in case.leaves)
     lengths = torch.tensor(case.lengths, device=q.device)
@@ -47,9 +79,9 @@ def _padded(case: Case) -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
         grad = case.grad.transpose(1, 2).contiguous()
     else:
         q_BHLD, grad = pad(q), pad(case.grad)
+    mask = None
     if shape.keys:
         k_BHLD, v_BHLD = (x.transpose(1, 2).contiguous() for x in (k, v))
-        mask = None
     else:
         k_BHLD, v_BHLD = pad(k), pad(v)
         mask = is_real_BL[:, None, None, :]
@@ -58,16 +90,40 @@ def _padded(case: Case) -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
             mask = mask & ((row[:, None] - row).abs() <= shape.window)
         if shape.op == "window_attention":
             mask = mask | ~is_real_BL[:, None, :, None]
-    scale = shape.width**-0.5
     leaves = [x.requires_grad_() for x in (q_BHLD, k_BHLD, v_BHLD)]
-    if shape.op != "gdpa":
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), leaves, grad
+    function = {"gdpa": _gdpa_padded, "gdpa_block": _block_padded}.get(shape.op, _softmax_padded)
+    return function, leaves, {"mask": mask, "scale": shape.width**-0.5}, grad
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = F.gelu(q @ k.transpose(-1, -2) * scale, approximate="tanh")
-        return (weights if mask is None else weights * mask) @ v
 
-    return run, leaves, grad
+def _around_gdpa(case: Case) -> Iterator[Baseline]:
+    """GDPA alone, and torch's norms and sums around it."""
+    offsets = case.offsets
+    backend: Backend = "triton" if offsets.is_cuda else "reference"
+
+    def bare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return gdpa(q, offsets, k, v, backend=backend)
+
+    def unfused(s: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = F.layer_norm(s, s.shape[1:], eps=1e-5)
+        return F.rms_norm(gdpa(q, offsets, k, v, backend=backend) + q, s.shape[1:], eps=1e-5) + s
+
+    yield "bare_gdpa", bare, case.leaves, case.grad
+    yield "unfused", unfused, case.leaves, case.grad
+
+
+def _kron_orders(case: Case) -> Iterator[Baseline]:
+    """Z first, a batched product per example; W first."""
+    n, m, width, terms = case.shape.kron
+
+    def batched(h_BNW: Tensor, z: Tensor, w: Tensor) -> Tensor:
+        return (z.T @ h_BNW).unflatten(1, (-1, m)).transpose(1, 2).flatten(2) @ w
+
+    def w_first(h_BNW: Tensor, z: Tensor, w: Tensor) -> Tensor:
+        right = w.view(terms, width, width).transpose(0, 1).flatten(1)
+        return z.reshape(n * terms, m).T @ (h_BNW @ right).view(-1, n * terms, width)
+
+    yield "batched", batched, case.leaves, case.grad
+    yield "w_first", w_first, case.leaves, case.grad
 
 
 def _varlen(case: Case) -> Baseline | None:

@@ -12,7 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from foundation_model.layers.hsp import SumKronLinear
 from kernels.gdpa import gdpa
+from kernels.gdpa_block import gdpa_block
 from kernels.seed_attention import seed_attention
 from kernels.window_attention import window_attention
 
@@ -24,7 +26,7 @@ class Shape:
     """One row of the registry. Lengths marked jagged are uniform on 1 .. the number."""
 
     name: str
-    op: Literal["gdpa", "window_attention", "seed_attention"]
+    op: Literal["gdpa", "gdpa_block", "window_attention", "seed_attention", "sum_kron"]
     examples: int
     heads: int
     width: int
@@ -34,14 +36,29 @@ class Shape:
     jagged: bool = True
     window: int | None = None
     seeds: int | None = None
-    public_ms: tuple[float, float]
+    terms: int | None = None
+    """Of SumKronLinear, which maps `queries` rows to `keys`; `width` is a row's, in one head."""
+    public_ms: tuple[float, float] | None = None
     """Best public kernels on an H100, forward and forward + backward (docs/kernels.md says which were measured)."""
 
+    @property
+    def kron(self) -> tuple[int, int, int, int]:
+        """Rows in, rows out, width and terms of a SumKronLinear."""
+        return self.queries, self.keys or 0, self.width, self.terms or 0
 
-def _gdpa(name: str, b: int, h: int, d: int, q: int, k: int | None, ms: tuple[float, float], **rest: Any) -> Shape:
-    return Shape(name=name, op="gdpa", examples=b, heads=h, width=d, queries=q, keys=k, public_ms=ms, **rest)
+
+def _gdpa(
+    name: str, b: int, h: int, d: int, q: int, k: int | None, ms: tuple[float, float] | None, **rest: Any
+) -> Shape:
+    options = {"op": "gdpa"} | rest
+    return Shape(name=name, examples=b, heads=h, width=d, queries=q, keys=k, public_ms=ms, **options)
 
 
+def _kron(name: str, b: int, w: int, n: int, m: int, k: int) -> Shape:
+    return Shape(name=name, op="sum_kron", examples=b, heads=1, width=w, queries=n, keys=m, terms=k, jagged=False)
+
+
+# Names of "model" are the sizes of a default teacher's tower.
 SHAPES = (
     _gdpa("b768_h4_d128_q1024j_k128", 768, 4, 128, 1024, 128, (0.501, 1.766)),
     _gdpa("b1024_h4_d128_q512j_k256", 1024, 4, 128, 512, 256, (0.501, 1.932)),
@@ -52,6 +69,12 @@ SHAPES = (
     _gdpa("b1024_h4_d128_q512_k256", 1024, 4, 128, 512, 256, (0.830, 3.170), jagged=False),
     _gdpa("self_b1024_h8_d64_q512j", 1024, 8, 64, 512, None, (0.691, 2.600)),
     _gdpa("self_w64_b1024_h4_d128_q512j", 1024, 4, 128, 512, None, (0.419, 1.661), window=64),
+    _gdpa("model_b1024_h4_d16_q50j_k64", 1024, 4, 16, 50, 64, None),
+    _gdpa("b768_h4_d128_q1024j_k128", 768, 4, 128, 1024, 128, None, op="gdpa_block"),
+    _gdpa("b1024_h4_d128_q512j_k256", 1024, 4, 128, 512, 256, None, op="gdpa_block"),
+    _gdpa("b1024_h4_d128_q512j_k64", 1024, 4, 128, 512, 64, None, op="gdpa_block"),
+    _gdpa("b2048_h8_d64_q512j_k128", 2048, 8, 64, 512, 128, None, op="gdpa_block"),
+    _gdpa("model_b1024_h4_d16_q50j_k64", 1024, 4, 16, 50, 64, None, op="gdpa_block"),
     Shape(
         name="w64_b1024_h4_d128_q512j", op="window_attention", examples=1024, heads=4, width=128, queries=512,
         window=64, public_ms=(0.806, 2.887),
@@ -68,12 +91,21 @@ SHAPES = (
         name="s64_b1024_h4_d64_k512j", op="seed_attention", examples=1024, heads=4, width=64, queries=512,
         seeds=64, public_ms=(0.228, 1.101),
     ),
+    Shape(
+        name="model_w32_b1024_h4_d16_q50j", op="window_attention", examples=1024, heads=4, width=16, queries=50,
+        window=32,
+    ),
+    Shape(
+        name="model_s64_b1024_h4_d16_k50j", op="seed_attention", examples=1024, heads=4, width=16, queries=50, seeds=64,
+    ),
+    _kron("b1024_n256_m32_w384_k8", 1024, 384, 256, 32, 8),
+    _kron("model_b1024_n64_m16_w64_k4", 1024, 64, 64, 16, 4),
 )  # fmt: skip
 
 
 @dataclass(slots=True)
 class Case:
-    """A shape's tensors on the device, bf16: `leaves` are q, k, v; `grad` is out's."""
+    """A shape's tensors on the device, bf16: `leaves` are q, k, v, or of SumKronLinear h, z, w; `grad` is out's."""
 
     shape: Shape
     leaves: list[Tensor]
@@ -89,6 +121,11 @@ class Case:
             return lambda q, k, v, backend="triton": gdpa(
                 q, offsets, k, v, kv_offsets=kv_offsets, window=shape.window, backend=backend
             )
+        if shape.op == "gdpa_block":
+            return lambda q, k, v, backend="triton": gdpa_block(q, offsets, k, v, backend=backend)
+        if shape.op == "sum_kron":
+            layer = SumKronLinear(*shape.kron)
+            return lambda h, z, w, backend=None: torch.func.functional_call(layer, {"z_NKM": z, "w_KWW": w}, (h,))
         if shape.op == "window_attention":
             return lambda q, k, v, backend="triton": window_attention(
                 q, k, v, offsets, window=shape.window, backend=backend
@@ -110,6 +147,12 @@ def make_case(shape: Shape, device: torch.device, *, examples: int | None = None
     def normal(*size: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*size, generator=generator, device=device) * scale).bfloat16()
 
+    if shape.op == "sum_kron":
+        n, m, w, terms = shape.kron
+        h, z = normal(b, n, w), normal(n, terms * m, scale=n**-0.5)
+        weight = normal(terms * w, w, scale=(terms * w) ** -0.5)
+        leaves = [x.requires_grad_() for x in (h, z, weight)]
+        return Case(shape, leaves, normal(b, m, w), offsets, lengths.tolist())
     tail, small = (shape.heads, shape.width), shape.width**-0.25
     q = normal(shape.seeds or rows, *tail, scale=small)
     kv = (b, shape.keys) if shape.keys else (rows,)
@@ -134,7 +177,14 @@ def _band(n: int, w: int) -> int:
 
 
 def flops(case: Case, *, backward: bool) -> float:
-    """True FLOPs, unpadded: 4 D H a pair forward, 2.5 times that backward (five matmuls)."""
+    """True FLOPs, unpadded: 4 D H a pair forward, 2.5 times that backward (five matmuls).
+
+    SumKronLinear's are those of the cheaper order, Z first, and twice as many backward.
+    """
+    if case.shape.op == "sum_kron":
+        n, m, w, terms = case.shape.kron
+        products = 2.0 * len(case.lengths) * terms * m * w * (n + w)
+        return products * 2 if backward else products
     forward = 4.0 * case.shape.width * case.shape.heads * pairs(case)
     return forward * 2.5 if backward else forward
 
@@ -142,6 +192,10 @@ def flops(case: Case, *, backward: bool) -> float:
 def least_bytes(case: Case, *, backward: bool) -> float:
     """Each input read once and each output written once. Seeds count as one set per example, as a dense query would."""
     shape = case.shape
+    if shape.op == "sum_kron":
+        h, z, w = (x.numel() * ELEMENT_BYTES for x in case.leaves)
+        out = case.grad.numel() * ELEMENT_BYTES
+        return 2 * (h + z + w) + out if backward else h + z + w + out
     row = shape.heads * shape.width * ELEMENT_BYTES
     q_rows = shape.examples * shape.seeds if shape.seeds else sum(case.lengths)
     kv_rows = shape.examples * shape.keys if shape.keys else sum(case.lengths)

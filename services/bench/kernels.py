@@ -29,6 +29,7 @@ def run(
     *,
     compiled: bool = True,
     seconds: float = 1800.0,
+    compile_seconds: float = 600.0,
 ) -> dict[str, Any]:
     """Measure the registered shapes, print a line each, and return (and write) the result.
 
@@ -38,6 +39,7 @@ def run(
         json_path: where to write the result.
         compiled: with torch.compile among the baselines.
         seconds: baselines of shapes that would begin later than this are left out, and said to be.
+        compile_seconds: the same for torch.compile, whose graphs take up to a minute each.
 
     Raises:
         ValueError: no such op or shape.
@@ -54,10 +56,13 @@ def run(
     rates = _card_rates(timer, device)
     rows = [row for s in chosen for row in _measure_shape(s, timer, rates, device)]
     for s in chosen:
-        if time.monotonic() - started > seconds:
+        spent = time.monotonic() - started
+        if spent > seconds:
             print(f"{s.op}.{s.name}: baselines left out, {seconds:.0f} s are over", flush=True)
             continue
-        _add_baselines(s, rows, timer, device, compiled)
+        if compiled and spent > compile_seconds:
+            print(f"{s.op}.{s.name}: torch.compile left out, {compile_seconds:.0f} s are over", flush=True)
+        _add_baselines(s, rows, timer, device, compiled and spent <= compile_seconds)
     for row in rows:
         print(_line(row), flush=True)
     result = _document(rows, rates)
@@ -126,13 +131,13 @@ def _measure_shape(shape: Shape, timer: _Timer, rates: dict[str, float], device:
             )
             for b in backward
         )
+        public = shape.public_ms[len(backward) - 1] if shape.public_ms else None
         rows.append({
             "name": f"{shape.op}.{shape.name}.{name}", "value": median, "unit": "ms",
             "baseline": None, "baseline_value": None, "ratio": None, "p90": p90,
             "roofline_ms": roofline * 1e3, "roofline_share": roofline * 1e3 / median,
             "tflops": sum(flops(case, backward=b) for b in backward) / median / 1e9,
-            "public_ms": shape.public_ms[len(backward) - 1],
-            "public_ratio": shape.public_ms[len(backward) - 1] / median,
+            "public_ms": public, "public_ratio": public / median if public else None,
             "error": error, "baselines": {},
         })  # fmt: skip
     return rows
@@ -175,9 +180,10 @@ def _add_baselines(
 
 def _line(row: dict[str, Any]) -> str:
     against = f"{row['ratio']:.2f}x {row['baseline']}" if row["ratio"] else "no baseline"
+    public = f"{row['public_ratio']:.2f}x best public, " if row["public_ratio"] else ""
     return (
         f"{row['name']:52s} {row['value']:8.4f} ms {row['tflops']:6.0f} TFLOP/s "
-        f"{row['roofline_share']:6.1%} of roofline, {row['public_ratio']:.2f}x best public, {against}"
+        f"{row['roofline_share']:6.1%} of roofline, {public}{against}"
     )
 
 

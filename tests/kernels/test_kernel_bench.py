@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from das.errors import ConfigError
 from services.bench.kernel_baselines import baselines
+from services.bench.kernel_plot import draw_file
 from services.bench.kernel_shapes import SHAPES, Case, Shape, flops, least_bytes, make_case, pairs
 from services.bench.kernels import run
 
@@ -20,7 +24,10 @@ def small(shape: Shape) -> Case:
     return make_case(dataclasses.replace(shape, examples=3, heads=2, width=16, queries=20, **sizes), CPU, seed=3)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+PADDED = [s for s in SHAPES if s.op != "sum_kron"]
+
+
+@pytest.mark.parametrize("shape", PADDED, ids=lambda s: s.name)
 def test_padded_baseline_computes_what_ours_does(shape: Shape) -> None:
     case = small(shape)
     ours = case.call()(*case.leaves, backend="reference")
@@ -41,6 +48,27 @@ def test_pairs_are_those_that_count(shape: Shape) -> None:
         1 for n in case.lengths for i in range(n) for j in range(keys or n) if keys or w is None or abs(i - j) <= w
     )
     assert pairs(case) == counted
+
+
+@pytest.mark.parametrize(("op", "names"), [("sum_kron", {"batched", "w_first"}), ("gdpa_block", {"unfused"})])
+def test_unpadded_baselines_compute_what_ours_does(op: str, names: set[str]) -> None:
+    case = small(next(s for s in SHAPES if s.op == op))
+    ours = case.call()(*case.leaves, backend="reference").float()
+    theirs = [b for b in baselines(case, compiled=False) if b[0] in names]
+    assert len(theirs) == len(names)
+    for _, function, leaves, _ in theirs:
+        assert (function(*leaves).float() - ours).norm() / ours.norm() < 1e-2
+
+
+def test_a_result_file_becomes_a_picture(tmp_path: Path) -> None:
+    row = {"name": "gdpa.some_shape.fwd", "roofline_share": 0.5}
+    result = {"rows": [row], "commit": "0123456789", "machine": {"gpu": "a card"}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    draw_file(tmp_path / "result.json", tmp_path / "result.png")
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"no result of 'exfm bench kernels'"):
+        draw_file(tmp_path / "other.json", tmp_path / "other.png")
 
 
 def test_floor_of_a_known_shape() -> None:

@@ -49,7 +49,7 @@ def test_window(case: str, window: int | None, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
-@pytest.mark.parametrize("seeds", [1, 37])
+@pytest.mark.parametrize("seeds", [1, 37, 70])
 @pytest.mark.parametrize("case", ["ragged", "all_empty", "odd", "one_empty"])
 def test_seeds(case: str, seeds: int, dtype: torch.dtype) -> None:
     compare(LENGTHS[case], seeds=seeds, dtype=dtype)
@@ -71,6 +71,14 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish(shift: float) -> None:
     check("out dq dk dv", run(window_attention_triton, [q, k, v], [3, 0, 20], **options), expected, 1e-3)
 
 
+@pytest.mark.parametrize("seeds", [7, 40])
+def test_scores_far_below_zero_leave_no_trace_of_keys_past_the_end(seeds: int) -> None:
+    q, k, v = inputs([3, 0, 20], seeds)
+    q[..., 0], k[..., 0] = -300.0, 3.0
+    expected = run(seed_attention_reference, [q.double(), k.double(), v.double()], [3, 0, 20])
+    check("out dq dk dv", run(seed_attention_triton, [q, k, v], [3, 0, 20]), expected, 1e-3)
+
+
 def test_no_examples_give_seeds_no_gradient() -> None:
     out, dq, _, _ = run(seed_attention_triton, inputs([], 5), [])
     assert out.shape == (0, 5, HEADS, 16)
@@ -78,8 +86,12 @@ def test_no_examples_give_seeds_no_gradient() -> None:
 
 
 def test_two_runs_agree_to_the_bit() -> None:
-    tensors = inputs(LENGTHS["odd"], 37, dtype=LOW)
-    first, second = (run(seed_attention_triton, tensors, LENGTHS["odd"]) for _ in range(2))
+    for seeds in (37, 70):
+        tensors = inputs(LENGTHS["odd"], seeds, dtype=LOW)
+        first, second = (run(seed_attention_triton, tensors, LENGTHS["odd"]) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    tensors = inputs(LENGTHS["odd"], None, dtype=LOW)
+    first, second = (run(window_attention_triton, tensors, LENGTHS["odd"], window=7) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -27,7 +27,7 @@ COMMANDS = {
     "doctor": {"--settings", "-s"},
     "topics create": {"--settings", "-s"},
     "topics describe": {"--settings", "-s"},
-    "bench kernels": {"--json", "--op", "--shape", "--compiled", "--seconds"},
+    "bench kernels": {"--json", "--op", "--shape", "--compiled", "--seconds", "--compile-seconds", "--plot"},
     "quarantine list": {"--settings", "-s", "--limit", "--reason", "--json"},
     "quarantine replay": {"--settings", "-s", "--reason", "--dry-run"},
     "bench das": {"--json", "--events", "--kafka", "--redis", "--repeats"},
