@@ -110,7 +110,7 @@ class KunlunConfig(Config):
     domain_head: DomainHead = "adapter"
     """What the heads untie per domain: none, bias, adapter (ours)."""
     backend: Backend = "auto"
-    """Backend of the kernels: Triton on a GPU, where a step takes 46 to 86 % of the reference's time
+    """Backend of the kernels: Triton on a GPU, where a step takes two thirds of the reference's time
     (docs/kernels.md), the reference elsewhere; or ask for either."""
 
     @classmethod
