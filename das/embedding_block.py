@@ -3,20 +3,19 @@
 For knowledge transfer (KTAP in Lattice, arXiv 2512.09200, section 2): a student that reads embeddings must train on the
 embedding as it was when the row was scored, of one known teacher version; both are in the header, as in a logit block.
 
-Layout, little-endian: the 60-byte header of `das.logit_block` with the magic `XFEB`, its own format number, 0 for int8
+Layout, little-endian: the 60-byte header of `das.block_frame` with the magic `XFEB`, its own format number, 0 for int8
 as dtype and the width as columns; then one float32 scale per row; then rows x width int8, row-major. A value is its
 int8 times the scale of its row, which is the row's largest magnitude / 127.
 """
 
 from __future__ import annotations
 
-import struct
-
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from das.logit_block import CHECKED, CHECKSUM, HEADER_BYTES, BlockError, LogitBlock, digest
+from das.block_frame import BlockError, Header, frame, unframe
+from das.logit_block import LogitBlock
 
 MAGIC = b"XFEB"
 FORMAT = 1
@@ -66,30 +65,16 @@ def encode_embeddings(
     scales = (np.abs(values).max(axis=1, initial=0.0) / LEVELS).astype(_SCALE)
     steps = np.divide(values, scales[:, None], out=np.zeros_like(values), where=scales[:, None] > 0)
     payload = scales.tobytes() + np.rint(steps).clip(-LEVELS, LEVELS).astype(np.int8).tobytes()
-    try:
-        head = CHECKED.pack(
-            *(MAGIC, FORMAT, INT8, width, rows, teacher_version),
-            *(trained_offset, trained_through_ms, schema_fingerprint, message_checksum),
-        )
-    except struct.error as error:
-        raise ValueError(f"a header field is out of range: {error}") from None
-    return b"".join((head, CHECKSUM.pack(digest(head, payload)), payload))
+    fields = teacher_version, trained_offset, trained_through_ms, schema_fingerprint, message_checksum
+    return frame(Header(MAGIC, FORMAT, INT8, width, rows, *fields), payload)
 
 
 def decode_embeddings(data: bytes) -> EmbeddingBlock:
     """Decode and verify one block; raises BlockError on anything but bytes that `encode_embeddings` made."""
-    if len(data) < HEADER_BYTES or data[:4] != MAGIC:
-        raise BlockError("format", f"{len(data)} bytes that do not start with an embedding block's header")
-    head = data[: CHECKED.size]
-    _, version, code, width, rows, teacher, offset, through_ms, schema, message = CHECKED.unpack(head)
-    if (version, code) != (FORMAT, INT8):
-        raise BlockError(
-            "format", f"embedding block format {version}, dtype {code}; this reader knows {FORMAT}, {INT8}"
-        )
-    payload = data[HEADER_BYTES:]
-    (checksum,) = CHECKSUM.unpack_from(data, CHECKED.size)
-    if checksum != digest(head, payload):
-        raise BlockError("corrupt", "the block checksum does not match")
+    header, payload = unframe(data, MAGIC, FORMAT)
+    rows, width = header.rows, header.columns
+    if header.dtype != INT8:
+        raise BlockError("format", f"unknown dtype code {header.dtype}")
     if len(payload) != rows * (_SCALE.itemsize + width):
         raise BlockError("corrupt", f"{len(payload)} payload bytes for {rows} rows of {width}")
     scales = np.frombuffer(payload, _SCALE, rows)
@@ -98,4 +83,4 @@ def decode_embeddings(data: bytes) -> EmbeddingBlock:
     steps = np.frombuffer(payload, np.int8, rows * width, rows * _SCALE.itemsize).reshape(rows, width)
     embeddings = steps.astype(np.float32) * scales[:, None]
     embeddings.flags.writeable = False
-    return EmbeddingBlock(teacher, offset, through_ms, schema, message, embeddings)
+    return EmbeddingBlock(*header.origin, embeddings)

@@ -186,6 +186,10 @@ class JoinerLane:
         }
         if cut.end:
             return b"", headers | {HEADER_CONTROL: END_OF_STREAM}
-        decode = self._codec.decode_impression
-        rows = [JoinedRow(decode(row.value), row.ingest_ms, row.labels, row.window) for row in cut.rows]
-        return encode_examples(rows, schema, self._compression), headers
+        return encode_examples(joined_rows(cut, self._codec), schema, self._compression), headers
+
+
+def joined_rows(cut: Cut, codec: MessageCodec) -> list[JoinedRow]:
+    """The rows of one message, their impressions decoded."""
+    decode = codec.decode_impression
+    return [JoinedRow(decode(row.value), row.ingest_ms, row.labels, row.window) for row in cut.rows]

@@ -21,35 +21,24 @@ At 256 rows x 2 objectives in float16 a block has 1,084 bytes: it stays inside j
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import xxhash
+
+from das.block_frame import HEADER_BYTES, BlockError, Header, frame, unframe
+
+__all__ = ["HEADER_BYTES", "BlockError", "LogitBlock", "decode_block", "decode_blocks", "encode_block"]
 
 BlockDtype = Literal["float16", "float32"]
 
 MAGIC = b"XFLB"
 FORMAT = 1
-# `das.embedding_block` has the same header.
-CHECKED = struct.Struct("<4sBBHIQqqQQ")
-CHECKSUM = struct.Struct("<Q")
-HEADER_BYTES = CHECKED.size + CHECKSUM.size
 _DTYPES: dict[int, np.dtype] = {0: np.dtype("<f2"), 1: np.dtype("<f4")}
 _LIMITS = {code: float(np.finfo(dtype).max) for code, dtype in _DTYPES.items()}
 _CODES: dict[BlockDtype, int] = {"float16": 0, "float32": 1}
-
-
-class BlockError(ValueError):
-    """The bytes are not a block that may be used. `reason`: format (not ours, or another version) or corrupt."""
-
-    def __init__(self, reason: Literal["format", "corrupt"], detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 class LogitBlock(msgspec.Struct, frozen=True, eq=False, gc=False):
@@ -89,14 +78,8 @@ def encode_block(
         logits = np.clip(logits, -limit, limit)
     payload = logits.astype(_DTYPES[code]).tobytes()
     rows, objectives = logits.shape
-    try:
-        head = CHECKED.pack(
-            *(MAGIC, FORMAT, code, objectives, rows, teacher_version),
-            *(trained_offset, trained_through_ms, schema_fingerprint, message_checksum),
-        )
-    except struct.error as error:
-        raise ValueError(f"a header field is out of range: {error}") from None
-    return b"".join((head, CHECKSUM.pack(digest(head, payload)), payload))
+    fields = teacher_version, trained_offset, trained_through_ms, schema_fingerprint, message_checksum
+    return frame(Header(MAGIC, FORMAT, code, objectives, rows, *fields), payload)
 
 
 def decode_block(data: bytes) -> LogitBlock:
@@ -113,7 +96,7 @@ def decode_blocks(blocks: Sequence[bytes]) -> list[LogitBlock | BlockError]:
     rest: dict[int, npt.NDArray[np.float32]] = {}
     finite: dict[int, bool] = {}
     for code, dtype in _DTYPES.items():
-        payloads = [each[1] for each in opened if isinstance(each, tuple) and each[0] == code]
+        payloads = [each[1] for each in opened if isinstance(each, tuple) and each[0].dtype == code]
         if payloads:
             rest[code] = np.frombuffer(b"".join(payloads), dtype).astype(np.float32)
             rest[code].flags.writeable = False
@@ -123,38 +106,30 @@ def decode_blocks(blocks: Sequence[bytes]) -> list[LogitBlock | BlockError]:
         if isinstance(each, BlockError):
             decoded.append(each)
             continue
-        code, _, rows, objectives, teacher, offset, through_ms, schema, message = each
-        size = rows * objectives
+        header = each[0]
+        code, rows = header.dtype, header.rows
+        size = rows * header.columns
         logits, rest[code] = rest[code][:size], rest[code][size:]
         if finite[code] or np.isfinite(logits).all():
-            decoded.append(LogitBlock(teacher, offset, through_ms, schema, message, logits.reshape(rows, objectives)))
+            decoded.append(LogitBlock(*header.origin, logits.reshape(rows, header.columns)))
         else:
             decoded.append(BlockError("corrupt", "a logit is NaN or infinite"))
     return decoded
 
 
-def _open(data: bytes) -> tuple[int, bytes, int, int, int, int, int, int, int] | BlockError:
-    """dtype code, payload, rows, objectives, then the fields of `LogitBlock`; sizes and checksum are right."""
-    if len(data) < HEADER_BYTES or data[:4] != MAGIC:
-        return BlockError("format", f"{len(data)} bytes that do not start with a block header")
-    head, payload = data[: CHECKED.size], data[HEADER_BYTES:]
-    _, version, code, objectives, rows, teacher, offset, through_ms, schema, message = CHECKED.unpack(head)
-    if version != FORMAT:
-        return BlockError("format", f"block format {version}, this reader knows {FORMAT}")
-    if CHECKSUM.unpack_from(data, CHECKED.size)[0] != digest(head, payload):
-        return BlockError("corrupt", "the block checksum does not match")
-    if code not in _DTYPES:
-        return BlockError("format", f"unknown dtype code {code}")
-    if len(payload) != rows * objectives * _DTYPES[code].itemsize:
-        return BlockError("corrupt", f"{len(payload)} payload bytes for {rows} rows x {objectives} objectives")
-    return code, payload, rows, objectives, teacher, offset, through_ms, schema, message
+def _open(data: bytes) -> tuple[Header, bytes] | BlockError:
+    """Header and payload, whose sizes and checksum are right."""
+    try:
+        header, payload = unframe(data, MAGIC, FORMAT)
+    except BlockError as error:
+        return error
+    if header.dtype not in _DTYPES:
+        return BlockError("format", f"unknown dtype code {header.dtype}")
+    if len(payload) != header.rows * header.columns * _DTYPES[header.dtype].itemsize:
+        return BlockError("corrupt", f"{len(payload)} payload bytes for {header.rows} rows x {header.columns} columns")
+    return header, payload
 
 
 def _within(logits: npt.NDArray[np.floating], limit: float) -> bool:
     """True only if all values are finite and at most `limit`; False may be wrong, but then it is a rare case."""
     return float(np.vdot(logits, logits)) < limit * limit / 2  # NaN is not; far cheaper than isfinite of each
-
-
-def digest(head: bytes, payload: bytes) -> int:
-    """The checksum of a block: of its header before it, and of its payload."""
-    return int(xxhash.xxh64_intdigest(head + payload))

@@ -76,3 +76,8 @@ class Blocks:
     def scatter_examples(self, groups: list[Tensor]) -> Tensor:
         """(G, ...) per group to (B, ...)."""
         return torch.cat(groups).index_select(0, self._order_B.argsort())
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums over rows of `dtype` are kept in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)

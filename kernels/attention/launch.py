@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import triton_kernels
+from kernels.jagged import accumulator
 
 _MAX_SPLITS = 65_535  # of a CUDA grid's second axis
 _LONG = 4096  # mean rows of an example above which one program alone takes too long
@@ -90,7 +91,7 @@ def forward(
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
     rows = num_examples * q.shape[0] if shared else q.shape[0]
     out = torch.empty((rows, *q.shape[1:]), dtype=q.dtype, device=q.device)
-    lse = torch.empty((rows, num_heads), dtype=_accumulator(q.dtype), device=q.device)
+    lse = torch.empty((rows, num_heads), dtype=accumulator(q.dtype), device=q.device)
     if num_examples == 0:
         return out, lse
     tiles = tiles or plan_for(q.dtype, q.shape[2], window).forward
@@ -125,7 +126,7 @@ def backward(
         tensors = (q, k, v, out, grad, lse, dq, dk, dv, offsets)
         _backward_in_two(tensors, shared, window, scales, strides, plan)
     if shared:
-        dq = dq.view(num_examples, *q.shape).sum(0, dtype=_accumulator(q.dtype)).to(q.dtype)
+        dq = dq.view(num_examples, *q.shape).sum(0, dtype=accumulator(q.dtype)).to(q.dtype)
     return dq, dk, dv
 
 
@@ -179,10 +180,6 @@ def _plain(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 @torch.library.custom_op("exfm::softmax_attention", mutates_args=())
 def _softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, shared: bool, window: int | None, scale: float
@@ -194,7 +191,7 @@ def _softmax_attention(
 def _(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, shared: bool, *_: Any) -> tuple[Tensor, Tensor]:
     rows = (offsets.shape[0] - 1) * q.shape[0] if shared else q.shape[0]
     out = torch.empty((rows, *q.shape[1:]), dtype=q.dtype, device=q.device)
-    return out, torch.empty((rows, q.shape[1]), dtype=_accumulator(q.dtype), device=q.device)
+    return out, torch.empty((rows, q.shape[1]), dtype=accumulator(q.dtype), device=q.device)
 
 
 @torch.library.custom_op("exfm::softmax_attention_backward", mutates_args=())

@@ -22,6 +22,7 @@ from kernels.gdpa.tiles import (
     backward_tiles,
     forward_tiles,
 )
+from kernels.jagged import accumulator
 
 _LONGEST = 2**31 - 1
 # The interpreter, which tests on CPU use, knows no inline assembly.
@@ -125,10 +126,10 @@ def backward(
         return dq, dk, dv
     modes = _dq_modes(problem, tiles, len(k)) if dq_mode is None else [dq_mode]
     splits = _backward_splits(problem, tiles, modes[0])
-    scratch = torch.empty(q.shape, dtype=_accumulator(q.dtype), device=q.device) if "carry" in modes else dq
+    scratch = torch.empty(q.shape, dtype=accumulator(q.dtype), device=q.device) if "carry" in modes else dq
     dk_parts, dv_parts = dk, dv
     if modes[0] == "store" and splits > 1:
-        dk_parts, dv_parts = torch.empty((2, splits, *k.shape), dtype=_accumulator(k.dtype), device=k.device).unbind()
+        dk_parts, dv_parts = torch.empty((2, splits, *k.shape), dtype=accumulator(k.dtype), device=k.device).unbind()
     offsets = q_offsets, _offsets(kv_offsets, q_offsets)
     for name, heads in _runs(activation, problem.num_heads):
         qkvg = _of_heads((q, k, v, grad), heads)
@@ -284,10 +285,6 @@ def _rows_of_heads(x: Tensor) -> Tensor:
 def _offsets(offsets: Tensor | None, instead: Tensor) -> Tensor:
     """A pointer to pass where there are no offsets; it is not read."""
     return instead if offsets is None else offsets
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 @torch.library.custom_op("exfm::gdpa", mutates_args=())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.gdpa import launch as gdpa_launch
 from kernels.gdpa_block import triton_kernels
+from kernels.jagged import accumulator
 
 _PROGRAM_NUMBERS = 2048  # of the rows of one program: enough loads in flight, few enough for the registers
 
@@ -47,7 +48,7 @@ def forward(
     _launch(triton_kernels._gdpa_block_open_fwd_kernel, s, q)
     attended = gdpa_launch.forward(q, offsets, k, v, None, activation, inner, outer, None)
     out = torch.empty_like(s)
-    rms = torch.empty(s.shape[0], dtype=_accumulator(s.dtype), device=s.device)
+    rms = torch.empty(s.shape[0], dtype=accumulator(s.dtype), device=s.device)
     _launch(triton_kernels._gdpa_block_close_fwd_kernel, s, attended, out, rms)
     return out, rms
 
@@ -75,10 +76,6 @@ def _launch(kernel: Any, *tensors: Tensor) -> None:
     kernel[(-(-num_rows // rows),)](*tensors, num_rows, W=width, BLOCK_W=block, ROWS=rows, num_warps=4)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 @torch.library.custom_op("exfm::gdpa_block", mutates_args=())
 def _gdpa_block(
     s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, activation: str, inner: float, outer: float
@@ -89,7 +86,7 @@ def _gdpa_block(
 @_gdpa_block.register_fake
 def _(s: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    return out, torch.empty(s.shape[0], dtype=_accumulator(s.dtype), device=s.device)
+    return out, torch.empty(s.shape[0], dtype=accumulator(s.dtype), device=s.device)
 
 
 @torch.library.custom_op("exfm::gdpa_block_backward", mutates_args=())

@@ -17,6 +17,7 @@ import numpy as np
 
 from das.examples import JoinedRow, decode_examples, encode_examples, example_batch
 from das.join import JoinConfig, PartitionJoin
+from das.joiner_lane import joined_rows
 from das.messages import Feedback, Impression, MessageCodec
 from das.schema import FeatureSchema
 from foundation_model.batch import Batch
@@ -148,8 +149,7 @@ class _Examples:
         for given in events.feedback:
             joined.feedback(joined.next[1], given.impression_id, given.objective, given.event_time, given.value)
         while (cut := joined.cut(0.0)) is not None:
-            decode = self._codec.decode_impression
-            rows = [JoinedRow(decode(row.value), row.ingest_ms, row.labels, row.window) for row in cut.rows]
+            rows = joined_rows(cut, self._codec)
             ids = tuple(row.impression.impression_id for row in rows)
             value = encode_examples(rows, self._schema)
             columns = decode_examples(value, self._schema, self._encoder.columns)
