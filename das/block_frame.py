@@ -6,13 +6,18 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import xxhash
 
 _CHECKED = struct.Struct("<4sBBHIQqqQQ")
 _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _CHECKED.size + _CHECKSUM.size
+KIND_BYTES = struct.calcsize("<4sBBHI")
+"""The first fields, to the number of rows: blocks that agree in them and in length have the same layout."""
+CHECKSUM = "block_checksum"
 
 
 class BlockError(ValueError):
@@ -44,6 +49,10 @@ class Header(NamedTuple):
         return self[5:]
 
 
+ORIGIN = np.dtype([*zip(Header._fields[5:], ("<u8", "<i8", "<i8", "<u8", "<u8"), strict=True), (CHECKSUM, "<u8")])
+"""The header after its first KIND_BYTES."""
+
+
 def frame(header: Header, payload: bytes) -> bytes:
     """The whole block. Raises ValueError on a number that does not fit its field."""
     try:
@@ -64,6 +73,12 @@ def unframe(data: bytes, magic: bytes, version: int) -> tuple[Header, bytes]:
     if _CHECKSUM.unpack_from(data, _CHECKED.size)[0] != _digest(head, payload):
         raise BlockError("corrupt", "the block checksum does not match")
     return header, payload
+
+
+def digests(blocks: Sequence[bytes]) -> list[int]:
+    """What the checksum of each block should be; each is a header at least."""
+    checked = _CHECKED.size
+    return [xxhash.xxh64_intdigest(data[:checked] + data[HEADER_BYTES:]) for data in blocks]
 
 
 def _digest(head: bytes, payload: bytes) -> int:

@@ -62,13 +62,13 @@ def _together(values: Sequence[bytes | None], decoder: ExampleDecoder) -> list[P
     """All values through one reader, their columns concatenated. Raises Poison or one of ARROW_ERRORS if it cannot."""
     stream, schema_message = _splice(values)
     with decoder.open(stream, schema_message) as reader:
-        table = reader.read_all()
-    if table.column(0).num_chunks != len(values):
-        raise ValueError(f"{table.column(0).num_chunks} record batches in {len(values)} messages")
-    table.validate(full=True)
-    sizes = [len(chunk) for chunk in table.column(0).chunks]
-    (whole,) = table.combine_chunks().to_batches()
-    poll = decoder.checked(whole, schema_message)
+        batches = list(reader)
+    if len(batches) != len(values):
+        raise ValueError(f"{len(batches)} record batches in {len(values)} messages")
+    for batch in batches:
+        batch.validate(full=True)
+    sizes = [batch.num_rows for batch in batches]
+    poll = decoder.checked(pa.concat_batches(batches), schema_message)
     return [PollRows(poll, end - size, size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
 

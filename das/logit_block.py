@@ -28,7 +28,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from das.block_frame import HEADER_BYTES, BlockError, Header, frame, unframe
+from das.block_frame import (
+    CHECKSUM,
+    HEADER_BYTES,
+    KIND_BYTES,
+    ORIGIN,
+    BlockError,
+    Header,
+    digests,
+    frame,
+    unframe,
+)
 
 __all__ = ["HEADER_BYTES", "BlockError", "LogitBlock", "decode_block", "decode_blocks", "encode_block"]
 
@@ -91,30 +101,44 @@ def decode_block(data: bytes) -> LogitBlock:
 
 
 def decode_blocks(blocks: Sequence[bytes]) -> list[LogitBlock | BlockError]:
-    """`decode_block` of each, or the error that it raises; their logits are converted together."""
-    opened = [_open(data) for data in blocks]
-    rest: dict[int, npt.NDArray[np.float32]] = {}
-    finite: dict[int, bool] = {}
-    for code, dtype in _DTYPES.items():
-        payloads = [each[1] for each in opened if isinstance(each, tuple) and each[0].dtype == code]
-        if payloads:
-            rest[code] = np.frombuffer(b"".join(payloads), dtype).astype(np.float32)
-            rest[code].flags.writeable = False
-            finite[code] = _within(rest[code], _LIMITS[code])
-    decoded: list[LogitBlock | BlockError] = []
-    for each in opened:
-        if isinstance(each, BlockError):
-            decoded.append(each)
-            continue
-        header = each[0]
-        code, rows = header.dtype, header.rows
-        size = rows * header.columns
-        logits, rest[code] = rest[code][:size], rest[code][size:]
-        if finite[code] or np.isfinite(logits).all():
-            decoded.append(LogitBlock(*header.origin, logits.reshape(rows, header.columns)))
-        else:
-            decoded.append(BlockError("corrupt", "a logit is NaN or infinite"))
-    return decoded
+    """`decode_block` of each, or the error that it raises. Sound blocks of one kind and size are decoded together."""
+    together = _decode_alike(blocks)
+    return [_decode(data) for data in blocks] if together is None else [*together]
+
+
+def _decode_alike(blocks: Sequence[bytes]) -> list[LogitBlock] | None:
+    """All of them with one pass per check, None unless they are alike and every check passes."""
+    if not blocks:
+        return []
+    opened = _open(blocks[0])  # what the first is, all are: they start with the same bytes and have the same length
+    if isinstance(opened, BlockError):
+        return None
+    header, kind, size = opened[0], blocks[0][:KIND_BYTES], len(blocks[0])
+    if not all([len(data) == size and data.startswith(kind) for data in blocks]):
+        return None
+    block_bytes = np.frombuffer(b"".join(blocks), np.uint8).reshape(len(blocks), size)
+    origins = block_bytes[:, KIND_BYTES:HEADER_BYTES].copy().view(ORIGIN)[:, 0]
+    if not np.array_equal(origins[CHECKSUM], np.array(digests(blocks), np.uint64)):
+        return None
+    logits = block_bytes[:, HEADER_BYTES:].view(_DTYPES[header.dtype]).astype(np.float32)
+    if not _within(logits, _LIMITS[header.dtype]):
+        return None
+    logits.flags.writeable = False
+    of_each = logits.reshape(len(blocks), header.rows, header.columns)
+    fields = origins.tolist()
+    return [LogitBlock(*own[:-1], rows) for own, rows in zip(fields, of_each, strict=True)]
+
+
+def _decode(data: bytes) -> LogitBlock | BlockError:
+    opened = _open(data)
+    if isinstance(opened, BlockError):
+        return opened
+    header, payload = opened
+    logits = np.frombuffer(payload, _DTYPES[header.dtype]).astype(np.float32)
+    if not np.isfinite(logits).all():
+        return BlockError("corrupt", "a logit is NaN or infinite")
+    logits.flags.writeable = False
+    return LogitBlock(*header.origin, logits.reshape(header.rows, header.columns))
 
 
 def _open(data: bytes) -> tuple[Header, bytes] | BlockError:

@@ -52,13 +52,22 @@ class _Partition:
 
 @dataclass(slots=True)
 class _Call:
-    """One call of `attach`: message indices not decided yet, by partition; the answers; why the rest was missed."""
+    """One call of `attach`: message indices not decided yet, by partition; the answers; why the rest was missed.
+
+    needed: how many messages, from the first, are waited for.
+    """
 
     messages: Sequence[ExampleMessage]
     rows: Sequence[int]
     pending: dict[int, list[int]]
     found: list[LogitBlock | None]
+    needed: int
     missed: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a message that is waited for is not decided."""
+        return any(indices[0] < self.needed for indices in self.pending.values())
 
 
 class LogitLookup:
@@ -91,17 +100,25 @@ class LogitLookup:
         """Whether any partition goes without waiting."""
         return any(p.degraded for p in self._partitions.values())
 
-    def attach(self, messages: Sequence[ExampleMessage], rows: Sequence[int] | None = None) -> list[LogitBlock | None]:
+    def attach(
+        self,
+        messages: Sequence[ExampleMessage],
+        rows: Sequence[int] | None = None,
+        *,
+        wait_for: int | None = None,
+    ) -> list[LogitBlock | None]:
         """The verified block of each message, None where there is none to be had in time.
 
         `rows`: per message, how many of its rows the caller trains, which is what hits and misses count; None = all.
+        `wait_for`: wait for the first so many alone. The answer then ends before the first later message whose logits
+        are not there: ask again for what it leaves out. None = all.
 
-        When the stop event is set, the answer may be cut short: messages not decided by then are None and not counted,
-        so do not train on them. Raises Fatal only (wrong credentials, a server that refuses our commands).
+        When the stop event is set, the answer may be cut short: messages not decided by then are left out or None, and
+        not counted, so do not train on them. Raises Fatal only (wrong credentials, a server that refuses our commands).
         """
         counted = [message.rows.num_rows for message in messages] if rows is None else rows
         assert len(counted) == len(messages)
-        call = _Call(messages, counted, {}, [None] * len(messages))
+        call = _Call(messages, counted, {}, [None] * len(messages), len(messages) if wait_for is None else wait_for)
         for index, message in enumerate(messages):
             call.pending.setdefault(message.partition, []).append(index)
         began_s = self._clock()
@@ -109,16 +126,23 @@ class LogitLookup:
             state = self._partitions.setdefault(partition, _Partition())
             state.moved_s = max(state.moved_s, began_s)
         pause_s = self._config.poll_ms / 1000
-        while call.pending:
+        while call.waits:
             moved = self._look(call)
             self._give_up(call, began_s)
-            if not call.pending or self._stop.is_set():
+            if not call.waits or self._stop.is_set():
                 break
             pause_s = self._config.poll_ms / 1000 if moved else min(2 * pause_s, MAX_POLL_S)
             until_s = began_s + self._config.wait_ms / 1000 - self._clock()
             self._stop.wait(max(0.0, min(pause_s, until_s)))
+        if wait_for is not None:
+            self._cut(call)
         self._count(call, self._clock() - began_s)
         return call.found
+
+    def _cut(self, call: _Call) -> None:
+        """End the answer before the first message that is not decided."""
+        end = min((indices[0] for indices in call.pending.values()), default=len(call.rows))
+        call.rows, call.found, call.pending = call.rows[:end], call.found[:end], {}
 
     def _look(self, call: _Call) -> bool:
         """One round trip, if it is time for one; takes what is there. Whether a watermark advanced."""
@@ -180,17 +204,23 @@ class LogitLookup:
             call.found[index] = block
 
     def _give_up(self, call: _Call, began_s: float) -> None:
-        """Degrade, and miss what is pending, where waiting is over."""
+        """Degrade, and miss what is pending and waited for, where waiting is over."""
         if self._stop.is_set():
             return
         now_s = self._clock()
         out_of_time = now_s - began_s >= self._config.wait_ms / 1000
-        for partition in list(call.pending):
+        for partition, indices in list(call.pending.items()):
             state = self._partitions[partition]
-            if state.degraded or out_of_time or now_s - state.moved_s >= self._config.stall_ms / 1000:
-                state.degraded = True
-                reason = "store" if self._away else "timeout"
-                call.missed.update(dict.fromkeys(call.pending.pop(partition), reason))
+            over = state.degraded or out_of_time or now_s - state.moved_s >= self._config.stall_ms / 1000
+            if not over or indices[0] >= call.needed:
+                continue
+            state.degraded = True
+            reason = "store" if self._away else "timeout"
+            call.missed.update((index, reason) for index in indices if index < call.needed)
+            if later := [index for index in indices if index >= call.needed]:
+                call.pending[partition] = later
+            else:
+                del call.pending[partition]
 
     def _count(self, call: _Call, waited_s: float) -> None:
         undecided = {i for indices in call.pending.values() for i in indices}

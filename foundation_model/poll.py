@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, repeat
 
 import numpy as np
 
@@ -20,12 +20,21 @@ def encode_messages(
     `picks`: per message, the indices of the rows to encode, rising and not none; None = all rows of all.
     """
     batches: list[Batch] = []
-    chosen = [np.arange(m.num_rows) for m in messages] if picks is None else picks
-    pairs = zip(messages, chosen, strict=True)
+    pairs = zip(messages, picks or repeat(None), strict=picks is not None)
     for _, group in groupby(pairs, key=lambda pair: id(pair[0].poll)):
         members = list(group)
-        rows = np.concatenate([message.first + own for message, own in members])
-        start, stop = int(rows[0]) if len(rows) else 0, int(rows[-1]) + 1 if len(rows) else 0
-        whole = encoder.encode(members[0][0].poll, slice(start, stop) if stop - start == len(rows) else rows)
-        batches += whole.split([len(own) for _, own in members])
+        whole = encoder.encode(members[0][0].poll, _rows(members))
+        batches += whole.split([message.num_rows if own is None else len(own) for message, own in members])
     return batches
+
+
+def _rows(members: Sequence[tuple[PollRows, np.ndarray | None]]) -> np.ndarray | slice:
+    """Where the rows of messages of one poll are in it; a slice, which costs nothing, if they follow one another."""
+    stops = [message.first + message.num_rows for message, _ in members]
+    if all(own is None or len(own) == message.num_rows for message, own in members) and stops[:-1] == [
+        message.first for message, _ in members[1:]
+    ]:
+        return slice(members[0][0].first, stops[-1])
+    rows = np.concatenate([m.first + (np.arange(m.num_rows) if own is None else own) for m, own in members])
+    start, stop = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+    return slice(start, stop) if stop - start == len(rows) else rows

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
 POLL_MESSAGES = 32
-"""Decoded and encoded together."""
-LOOKUP_MESSAGES = 4
-"""Few: their logits are waited for together."""
+"""Decoded and encoded together, and asked for their logits in one round trip."""
+WAIT_MESSAGES = 4
+"""Few: their logits are waited for together. Later ones are taken with them if theirs are there."""
 RETRY_S = 1.0
 GAUGES_EVERY_STEPS = 20
 AGES_PER_STEP = 4
@@ -118,19 +118,17 @@ class StudentLoop:
         self._save_if_new()
 
     def _fill(self, stop: threading.Event) -> None:
-        """Read messages and decide, once, which of the next few have logits."""
+        """Read messages and decide, once, which of the next have logits."""
         if not self._read:
             self._encode(self._poll(stop))  # 1. read
         fault.point("student.after_poll")
-        few = list(islice(self._read, LOOKUP_MESSAGES))
-        blocks = self._attach([(read.message, len(read.rows)) for read in few if len(read.rows)])  # 2. a bounded wait
+        read = self._with_logits()  # 2. a bounded wait
         if stop.is_set():
             return  # the wait may have been cut short: nothing is decided, and nothing of this is trained
         fault.point("student.after_lookup")
-        for read in few:
+        for one, block in read:
             self._read.popleft()
-            message = read.message
-            self._buffer.add(self._segment(read, blocks.get((message.partition, message.offset))))
+            self._buffer.add(self._segment(one, block))
 
     def _encode(self, messages: Sequence[ExampleMessage]) -> None:
         """Queue messages with their own rows encoded, all in one pass."""
@@ -190,17 +188,22 @@ class StudentLoop:
                 stop.wait(RETRY_S)
         return []
 
-    def _attach(self, wanted: Sequence[tuple[ExampleMessage, int]]) -> dict[tuple[int, int], LogitBlock]:
-        """Blocks by partition and offset, where there are any and none was missed in an earlier life.
+    def _with_logits(self) -> list[tuple[_Read, LogitBlock | None]]:
+        """The next messages that are decided, with their blocks, where there are any.
 
-        `wanted`: messages, and how many of each one's rows are the student's.
+        A message without rows of the student needs none; a miss of an earlier life stays one.
         """
-        if self._lookup is None or not wanted:
-            return {}
-        messages = [message for message, _ in wanted]
-        found = zip(messages, self._lookup.attach(messages, [rows for _, rows in wanted]), strict=True)
-        blocks = {(m.partition, m.offset): block for m, block in found if block is not None}
-        return {key: block for key, block in blocks.items() if key not in self._misses}
+        if self._lookup is None:
+            return [(read, None) for read in self._read]
+        wanted = [read for read in self._read if len(read.rows)]
+        messages, rows = [read.message for read in wanted], [len(read.rows) for read in wanted]
+        blocks = self._lookup.attach(messages, rows, wait_for=WAIT_MESSAGES) if wanted else []
+        found = {id(read): block for read, block in zip(wanted, blocks, strict=False)}
+        decided = takewhile(lambda read: not len(read.rows) or id(read) in found, self._read)
+        return [(read, self._unless_missed(read.message, found.get(id(read)))) for read in decided]
+
+    def _unless_missed(self, message: ExampleMessage, block: LogitBlock | None) -> LogitBlock | None:
+        return None if (message.partition, message.offset) in self._misses else block
 
     def _own_rows(self, message: ExampleMessage) -> np.ndarray:
         """Indices of the rows that are of the student's domains and were not trained before."""

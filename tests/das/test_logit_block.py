@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from das.logit_block import HEADER_BYTES, BlockError, decode_block, decode_blocks, encode_block
+from das import logit_block
+from das.logit_block import (
+    HEADER_BYTES,
+    BlockDtype,
+    BlockError,
+    LogitBlock,
+    decode_block,
+    decode_blocks,
+    encode_block,
+)
 
 FIELDS = {
     "teacher_version": 7,
@@ -169,6 +178,35 @@ def test_blocks_decoded_together_are_as_each_alone_and_bad_ones_spoil_no_other()
     for block, data in zip(found, good, strict=True):
         np.testing.assert_array_equal(block.logits, decode_block(data).logits)
         assert {name: getattr(block, name) for name in FIELDS} == FIELDS
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (0, 2), (1, 1)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_blocks_of_one_kind_decode_together_to_what_each_holds(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: BlockDtype
+) -> None:
+    limits = {**FIELDS, "trained_offset": -1, "schema_fingerprint": 2**64 - 1, "message_checksum": 2**63}
+    logits = np.random.default_rng(4).normal(size=(3, *shape))
+    fields = [FIELDS, limits, {**FIELDS, "teacher_version": 2**64 - 1}]
+    blocks = [encode_block(own, dtype=dtype, **of) for own, of in zip(logits, fields, strict=True)]
+    alone = [decode_block(data) for data in blocks]
+    monkeypatch.setattr(logit_block, "_decode", None)  # nothing is decoded by itself
+    for block, single, of in zip(decode_blocks(blocks), alone, fields, strict=True):
+        assert isinstance(block, LogitBlock)
+        np.testing.assert_array_equal(block.logits, single.logits, strict=True)
+        assert {name: getattr(block, name) for name in FIELDS} == of
+        assert not block.logits.flags.writeable
+
+
+def test_any_changed_byte_of_one_block_among_its_like_is_found_and_spoils_no_other() -> None:
+    good = [encode(4, 2), encode_block(np.full((4, 2), 3.0), **FIELDS), encode(4, 2)]
+    for place in range(len(good[0])):
+        for which in range(len(good)):
+            data = bytearray(good[which])
+            data[place] ^= 0x55
+            decoded = decode_blocks([*good[:which], bytes(data), *good[which + 1 :]])
+            bad = [isinstance(block, BlockError) for block in decoded]
+            assert bad == [i == which for i in range(len(good))], place
 
 
 def test_logits_of_a_block_cannot_be_changed() -> None:

@@ -48,6 +48,37 @@ def test_hits_and_misses_count_the_rows_that_the_caller_trains(rig: Rig) -> None
     assert (rig.rows("hit"), rig.misses()) == (3, {"absent": 1})
 
 
+def test_later_messages_are_taken_if_they_are_there_and_not_waited_for(rig: Rig) -> None:
+    messages = [message(offset) for offset in range(10)]
+    rig.score(*messages[:6])
+    blocks = rig.lookup.attach(messages, wait_for=4)
+    assert [block is not None for block in blocks] == [True] * 6
+    assert not rig.sim.waits
+    assert rig.rows("hit") == 6 * ROWS and not rig.misses()
+
+
+def test_what_is_not_waited_for_neither_degrades_nor_counts(rig: Rig) -> None:
+    messages = [message(0), message(1), message(2), message(0, 1)]
+    assert rig.lookup.attach(messages, wait_for=2) == [None, None]
+    assert 2.0 <= sum(rig.sim.waits) < 2.2  # stall_ms
+    assert rig.misses() == {"timeout": 2 * ROWS}
+    rig.sim.waits.clear()
+    rig.sim.after(0.5, lambda: rig.score(message(0, 1)))
+    assert [b is not None for b in rig.lookup.attach(messages[3:], wait_for=2)] == [True]
+    assert rig.sim.waits, "the other partition still waits"
+
+
+def test_the_answer_ends_before_the_first_later_message_that_is_not_decided(rig: Rig) -> None:
+    rig.score(message(0), message(2), watermark=3)
+    rig.score(message(0, 1))
+    messages = [message(0), message(1), message(2), message(3), message(0, 1)]
+    blocks = rig.lookup.attach(messages, wait_for=1)
+    assert [block is not None for block in blocks] == [True, False, True]
+    assert rig.misses() == {"absent": ROWS}
+    rig.score(message(3))
+    assert [block is not None for block in rig.lookup.attach(messages[3:], wait_for=1)] == [True, True]
+
+
 def test_a_message_that_the_teacher_has_not_reached_is_waited_for(rig: Rig) -> None:
     rig.score(message(0))
     rig.sim.after(1.5, lambda: rig.score(message(1), message(2)))
