@@ -125,8 +125,12 @@ def _decode_alike(blocks: Sequence[bytes]) -> list[LogitBlock] | None:
         return None
     logits.flags.writeable = False
     of_each = logits.reshape(len(blocks), header.rows, header.columns)
-    fields = origins.tolist()
-    return [LogitBlock(*own[:-1], rows) for own, rows in zip(fields, of_each, strict=True)]
+    return [
+        LogitBlock(version, trained_offset, trained_through_ms, fingerprint, message_checksum, rows)
+        for (version, trained_offset, trained_through_ms, fingerprint, message_checksum, _), rows in zip(
+            origins.tolist(), of_each, strict=True
+        )
+    ]
 
 
 def _decode(data: bytes) -> LogitBlock | BlockError:

@@ -54,7 +54,8 @@ def test_later_messages_are_taken_if_they_are_there_and_not_waited_for(rig: Rig)
     blocks = rig.lookup.attach(messages, wait_for=4)
     assert [block is not None for block in blocks] == [True] * 6
     assert not rig.sim.waits
-    assert rig.rows("hit") == 6 * ROWS and not rig.misses()
+    assert rig.rows("hit") == 6 * ROWS
+    assert not rig.misses()
 
 
 def test_what_is_not_waited_for_neither_degrades_nor_counts(rig: Rig) -> None:

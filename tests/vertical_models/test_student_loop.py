@@ -102,7 +102,7 @@ def _assert_seen_once(snapshot: Snapshot, counts: tuple[int, ...] = COUNTS) -> N
 @pytest.mark.parametrize(
     "faults",
     [
-        ["student.after_poll:2:kill", "student.after_lookup:1:kill", "student.after_step:4:kill"],
+        ["student.after_lookup:1:kill", "student.after_step:4:kill", "student.after_poll:2:kill"],
         ["snapshot.before_rename:2:kill", "student.after_snapshot:1:kill", "student.after_commit:1:kill"],
     ],
     ids=["reading", "saving"],
