@@ -257,9 +257,8 @@ class _Tables:
     def ids(self, columns: Sequence[Any], num_rows: int) -> np.ndarray:
         """Ids in the shared space, (B, C) int64, of C id columns of B rows; nulls get local id 0."""
         x_CB = _empty((len(columns), num_rows), np.uint64)
-        for x_B, column in zip(x_CB, columns, strict=True):
-            x_B[:] = _id_values(column)
-        x_CB ^= self._seeds
+        for x_B, column, (seed,) in zip(x_CB, columns, self._seeds, strict=True):
+            np.bitwise_xor(_id_values(column), seed, out=x_B)
         spare_CB = _empty(x_CB.shape, np.uint64)
         splitmix64(x_CB, spare_CB)
         for x_B, spare_B, (divisor,) in zip(x_CB, spare_CB, self._buckets, strict=True):
