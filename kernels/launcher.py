@@ -18,7 +18,10 @@ from triton import knobs
 
 _ALIGNMENT = 16  # bytes of a pointer, or a factor of an integer, that Triton compiles for
 _BEFORE_FUNCTION = ("gridX", "gridY", "gridZ", "stream", "function")
-_AFTER_FUNCTION = (("args",), ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook", "args"))
+_AFTER_FUNCTION = (  # in Triton 3.6 and 3.7, which mean the same
+    ("args",),
+    ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook", "args"),
+)
 _direct: dict[tuple[Any, ...], _Compiled | None] = {}
 
 
@@ -62,8 +65,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 def descriptor(kind: type, x: Tensor, view: tuple[list[int], list[int]], block: list[int], *layout: Any) -> Any:
-    """`kind(x, *view, block, *layout)`, a TensorDescriptor of Triton or Gluon, without the checks that `view` passed."""
-    new = object.__new__(kind)
+    """`kind(x, *view, block, *layout)`, a TensorDescriptor of Triton or Gluon, without the checks `view` has passed."""
+    new: Any = object.__new__(kind)
     new.base, (new.shape, new.strides), new.block_shape, new.padding = x, view, block, "zero"
     if layout:
         new.layout = layout[0]

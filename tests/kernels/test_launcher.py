@@ -1,4 +1,4 @@
-"""Launches past Triton's binder: the same kernel as Triton would launch, and Triton's own way wherever that is needed."""
+"""Launches past Triton's binder: the kernel that Triton would launch, and Triton's own way where that is needed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Compiled:
         self.runs: list[tuple[Any, ...]] = []
         self.metadata = Metadata()
 
-    def run(self, gridX: int, gridY: int, gridZ: int, stream: int, function: str, *args: Any) -> None:  # noqa: N803
+    def run(self, gridX: int, gridY: int, gridZ: int, stream: int, function: str, *args: Any) -> None:
         self.runs.append((gridX, gridY, gridZ, stream, function, *args))
 
 
@@ -45,7 +45,9 @@ class Kernel:
     arg_names = ("x", "n", "scale", "BLOCK")
 
     def __init__(self, compiled: Any) -> None:
-        self.compiled, self.launches, self.pre_run_hooks = compiled, 0, []
+        self.compiled = compiled
+        self.launches = 0
+        self.pre_run_hooks: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(*args: Any, **constants: Any) -> Any:
