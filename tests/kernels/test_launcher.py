@@ -134,19 +134,23 @@ def test_scratch_memory_is_left_to_triton() -> None:
     assert kernel.launches == 3
 
 
-def test_a_profilers_hook_sees_every_launch() -> None:
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+@pytest.mark.parametrize("chained", [True, False])
+def test_a_profilers_hook_sees_every_launch(name: str, chained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, x = Kernel(Compiled()), torch.zeros(8)
 
     def hook(metadata: Any) -> None: ...
 
     launcher.launch(kernel, (1,), x, 3, 0.5, BLOCK=16)
-    knobs.runtime.launch_enter_hook.add(hook)
-    try:
+    with monkeypatch.context() as patch:
+        chain: Any = knobs.HookChain()
+        chain.add(hook)
+        patch.setattr(knobs.runtime, name, chain if chained else hook)
         launcher.launch(kernel, (1,), x, 3, 0.5, BLOCK=16)
-    finally:
-        knobs.runtime.launch_enter_hook.remove(hook)
+        patch.setattr(knobs.runtime, name, None)
+        launcher.launch(kernel, (1,), x, 3, 0.5, BLOCK=16)
     launcher.launch(kernel, (1,), x, 3, 0.5, BLOCK=16)
-    assert (kernel.launches, len(kernel.compiled.runs)) == (2, 1)
+    assert (kernel.launches, len(kernel.compiled.runs)) == (2, 2)
 
 
 def test_a_tensor_elsewhere_is_refused_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
