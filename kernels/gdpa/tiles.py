@@ -111,10 +111,11 @@ _FORWARD: dict[tuple[str, bool], Tiles] = {
     ("window", False): Tiles(128, 64, 8, 3),
     ("window", True): Tiles(128, 64, 8, 3),
 }
+_FEW_ROWS = Tiles(32, 64, 4, 1)  # backward at D <= 16: an example's queries and keys are one tile each
 _BACKWARD: dict[tuple[str, bool], Tiles] = {
     ("16", False): Tiles(64, 16, 4, 2),
     ("16", True): Tiles(64, 16, 4, 2),
-    ("32", False): Tiles(64, 32, 4, 1),
+    ("32", False): Tiles(64, 32, 2, 2, tma=True),
     ("32", True): Tiles(32, 32, 4, 2),
     ("64", False): Tiles(64, 64, 4, 3, tma=True),
     ("64", True): Tiles(32, 64, 4, 3, tma=True, late=True),
@@ -144,7 +145,9 @@ def forward_tiles(problem: Problem) -> Tiles:
 @functools.lru_cache(_REMEMBERED)
 def backward_tiles(problem: Problem) -> Tiles:
     """Of the kernel that makes dK and dV."""
-    return _choose(problem, _BACKWARD)
+    tiles = _choose(problem, _BACKWARD)
+    few_rows = problem.block_d <= 16 and problem.query_rows <= _FEW_ROWS.block_m * problem.num_examples
+    return _FEW_ROWS if few_rows and problem.key_class == "64" and tiles is not _SMALL else tiles
 
 
 def backward_query_tiles(problem: Problem) -> Tiles:
