@@ -11,6 +11,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 
 Backend = Literal["triton", "reference", "auto"]
+_BACKENDS = get_args(Backend)
 F = TypeVar("F", bound=Callable[..., torch.Tensor])
 _logger = logging.getLogger(__name__)
 
@@ -32,8 +33,8 @@ def choose_backend(backend: Backend, *, op: str, device: torch.device, implement
         BackendUnavailable: "triton" was asked for and the op has no Triton kernels or the device cannot run them.
         ValueError: `backend` is none of the three words.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"{op}: unknown backend '{backend}'; use one of {', '.join(get_args(Backend))}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"{op}: unknown backend '{backend}'; use one of {', '.join(_BACKENDS)}")
     problem = _triton_problem(device, implementations)
     if backend == "triton" and problem:
         raise BackendUnavailable(f"{op}: backend 'triton' is not available: {problem}; use 'auto' or 'reference'")

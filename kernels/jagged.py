@@ -14,7 +14,7 @@ def check_offsets(name: str, offsets: Tensor, num_rows: int) -> None:
 
     The values are read on the CPU only: on a device that would stall the stream.
     """
-    if offsets.dtype != torch.int32 or offsets.dim() != 1 or len(offsets) < 1:
+    if offsets.dtype != torch.int32 or offsets.dim() != 1 or offsets.shape[0] < 1:
         raise ValueError(
             f"{name}: expected int32 offsets of shape (B+1,), got {offsets.dtype} of shape {tuple(offsets.shape)}"
         )

@@ -37,10 +37,7 @@ class SeedAttention(nn.Module):
 
 
 class SumKronLinear(nn.Module):
-    """`Y = sum_k Z_k^T H W_k`: a linear map of (N, W) to (M, W) as a sum of K Kronecker products.
-
-    Z comes first, as one product over all rows: docs/kernels.md has the orders' times.
-    """
+    """`Y = sum_k Z_k^T H W_k`: a linear map of (N, W) to (M, W) as a sum of K Kronecker products."""
 
     def __init__(self, num_in: int, num_out: int, width: int, num_terms: int) -> None:
         super().__init__()
@@ -50,9 +47,21 @@ class SumKronLinear(nn.Module):
 
     def forward(self, h_BNW: Tensor) -> Tensor:
         """(B, M, W)."""
-        mixed = self.z_NKM.T @ h_BNW.transpose(0, 1).flatten(1)
-        mixed_KMBW = mixed.unflatten(1, h_BNW.shape[::2]).unflatten(0, (-1, self.num_out))
-        return mixed_KMBW.permute(2, 1, 0, 3).flatten(2) @ self.w_KWW
+        return sum_kron_linear(h_BNW, self.z_NKM, self.w_KWW, self.num_out)
+
+
+def sum_kron_linear(h_BNW: Tensor, z_NKM: Tensor, w_KWW: Tensor, num_out: int) -> Tensor:
+    """(B, M, W) of SumKronLinear. Z comes first: docs/kernels.md has the orders' times.
+
+    To learn, as one product over all rows, whose gradient of Z is one product too; on a GPU without a gradient as one
+    product per row of the batch, which copies nothing.
+    """
+    learns = torch.is_grad_enabled() and (h_BNW.requires_grad or z_NKM.requires_grad or w_KWW.requires_grad)
+    if h_BNW.is_cuda and not learns:
+        return (z_NKM.T @ h_BNW).unflatten(1, (-1, num_out)).transpose(1, 2).flatten(2) @ w_KWW
+    mixed = z_NKM.T @ h_BNW.transpose(0, 1).flatten(1)
+    mixed_KMBW = mixed.unflatten(1, h_BNW.shape[::2]).unflatten(0, (-1, num_out))
+    return mixed_KMBW.permute(2, 1, 0, 3).flatten(2) @ w_KWW
 
 
 class HierarchicalSeedPooling(nn.Module):

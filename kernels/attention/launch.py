@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from kernels.attention import triton_kernels
 from kernels.jagged import accumulator
+from kernels.launcher import launch, needs_gradient
 
 _MAX_SPLITS = 65_535  # of a CUDA grid's second axis
+_REMEMBERED = 1024  # classes of shapes
 _LONG = 4096  # mean rows of an example above which one program alone takes too long
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
     """Rows of a query tile and of a key tile, warps of a program, depth of the load pipeline."""
 
@@ -77,6 +80,8 @@ def _call(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, shared: bool, window
     if torch.compiler.is_compiling():
         out: Tensor = _softmax_attention(q, k, v, offsets, shared, window, scale)[0]
         return out
+    if not needs_gradient(q, k, v):
+        return forward(q, k, v, offsets, shared, window, scale)[0]
     # Eagerly past the dispatcher, whose way through a Python op costs more than a small shape's kernel.
     out = _Eager.apply(q, k, v, offsets, shared, window, scale)
     return out
@@ -96,7 +101,8 @@ def forward(
         return out, lse
     tiles = tiles or plan_for(q.dtype, q.shape[2], window).forward
     splits = _splits(rows, num_examples, tiles.block_m, even=shared)
-    triton_kernels._softmax_fwd_kernel[(num_examples * num_heads, splits)](
+    launch(
+        triton_kernels._softmax_fwd_kernel, (num_examples * num_heads, splits),
         q, k, v, out, lse, offsets, offsets, num_heads, q.shape[0], window or 0, scale * math.log2(math.e),
         SHARED=shared, WINDOW=window is not None, **_strides(q=q, k=k, v=v, o=out), **_options(q, tiles),
     )  # fmt: skip
@@ -109,7 +115,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ, dK, dV. `plan` overrides the rule: for measurements."""
     q, k, v, grad = _plain(q), _plain(k), _plain(v), _plain(grad)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (out, k, v))
+    dq, dk, dv = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (out, k, v)]
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
     if num_examples == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
@@ -118,7 +124,8 @@ def backward(
     strides = _strides(q=q, k=k, v=v, do=grad, g=out)
     tiles = plan.backward_seeds
     if shared and q.shape[0] <= tiles.block_m and k.shape[0] <= _LONG * num_examples:
-        triton_kernels._softmax_bwd_seeds_kernel[(num_examples * num_heads,)](
+        launch(
+            triton_kernels._softmax_bwd_seeds_kernel, (num_examples * num_heads,),
             q, k, v, out, grad, lse, dq, dk, dv, offsets, num_heads, q.shape[0], *scales,
             **strides, **_options(q, tiles),
         )  # fmt: skip
@@ -126,7 +133,7 @@ def backward(
         tensors = (q, k, v, out, grad, lse, dq, dk, dv, offsets)
         _backward_in_two(tensors, shared, window, scales, strides, plan)
     if shared:
-        dq = dq.view(num_examples, *q.shape).sum(0, dtype=accumulator(q.dtype)).to(q.dtype)
+        dq = dq.view(num_examples, *q.shape).sum(0)  # added in float32 at least
     return dq, dk, dv
 
 
@@ -142,14 +149,16 @@ def _backward_in_two(
     sizes = (num_heads, q.shape[0], window or 0)
     tiles = plan.backward_q
     splits = _splits(out.shape[0], num_examples, tiles.block_m, even=shared)
-    triton_kernels._softmax_bwd_q_kernel[(num_examples * num_heads, splits)](
-        q, k, v, out, grad, lse, delta, dq, offsets, offsets, *sizes, *scales, **strides, **_options(q, tiles), **flags
-    )
+    launch(
+        triton_kernels._softmax_bwd_q_kernel, (num_examples * num_heads, splits),
+        q, k, v, out, grad, lse, delta, dq, offsets, offsets, *sizes, *scales, **strides, **_options(q, tiles), **flags,
+    )  # fmt: skip
     tiles = plan.backward_kv
     splits = _splits(k.shape[0], num_examples, tiles.block_n, even=False)
-    triton_kernels._softmax_bwd_kv_kernel[(num_examples * num_heads, splits)](
-        q, k, v, grad, lse, delta, dk, dv, offsets, offsets, *sizes, *scales, **strides, **_options(q, tiles), **flags
-    )
+    launch(
+        triton_kernels._softmax_bwd_kv_kernel, (num_examples * num_heads, splits),
+        q, k, v, grad, lse, delta, dk, dv, offsets, offsets, *sizes, *scales, **strides, **_options(q, tiles), **flags,
+    )  # fmt: skip
 
 
 def _splits(rows: int, num_examples: int, block: int, *, even: bool) -> int:
@@ -159,13 +168,17 @@ def _splits(rows: int, num_examples: int, block: int, *, even: bool) -> int:
 
 
 def _options(q: Tensor, tiles: Tiles) -> dict[str, Any]:
-    width = q.shape[-1]
+    return _options_of(q.dtype, q.shape[-1], tiles)
+
+
+@functools.lru_cache(_REMEMBERED)
+def _options_of(dtype: torch.dtype, width: int, tiles: Tiles) -> dict[str, Any]:
     return {
         "D": width,
         "BLOCK_D": max(16, 1 << (width - 1).bit_length()),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
-        "PRECISION": None if q.dtype in (torch.bfloat16, torch.float16) else "ieee",
+        "PRECISION": None if dtype in (torch.bfloat16, torch.float16) else "ieee",
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
@@ -173,7 +186,14 @@ def _options(q: Tensor, tiles: Tiles) -> dict[str, Any]:
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
     """By row and by head: constants of a compiled kernel."""
-    return {f"stride_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("th")}
+    return _named_strides(*tensors, *[x.stride() for x in tensors.values()])
+
+
+@functools.lru_cache(_REMEMBERED)
+def _named_strides(*names_and_strides: Any) -> dict[str, int]:
+    half = len(names_and_strides) // 2
+    pairs = zip(names_and_strides[:half], names_and_strides[half:], strict=True)
+    return {f"stride_{name}{axis}": strides[i] for name, strides in pairs for i, axis in enumerate("th")}
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ _FORWARD: dict[tuple[str, bool], HopperTiles] = {
 }
 
 
+@functools.lru_cache(1024)
 def hopper_tiles(problem: Problem) -> HopperTiles | None:
     """None: Triton's kernels are faster, or this one cannot take the problem."""
     if not (problem.low_precision and problem.width in (32, 64, 128)):
@@ -77,22 +78,22 @@ def forward_on_hopper(
     outer: float,
 ) -> bool:
     """Fill out, of one run of heads of one activation; False, with nothing done, where a tensor's layout forbids it."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from kernels.gdpa.hopper_forward import _gdpa_fwd_hopper_kernel
+    from kernels.launcher import descriptor, launch
 
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[problem.dtype]
     described: list[Any] = []
     for x, rows in zip(qkvo, (tiles.block_m, tiles.block_n, tiles.block_n, tiles.block_m), strict=True):
         view = engine_view(x)
         if view is None:
             return False
-        block = [rows, problem.width]
-        described.append(TensorDescriptor(x, *view, block, gl.NVMMASharedLayout.get_default_for(block, dtype)))
+        layout = _layout(rows, problem.width, problem.dtype)
+        described.append(descriptor(TensorDescriptor, x, view, [rows, problem.width], layout))
     q, k, v, out = qkvo
     num_heads = q.shape[1]
-    _gdpa_fwd_hopper_kernel[(problem.num_examples * num_heads, problem.query_splits(tiles.block_m))](
+    launch(
+        _gdpa_fwd_hopper_kernel, (problem.num_examples * num_heads, problem.query_splits(tiles.block_m)),
         *described, out, q_offsets, q_offsets if kv_offsets is None else kv_offsets, num_heads,
         problem.dense_keys or 0, problem.window or 0, inner, outer,
         stride_qh=q.stride(-2), stride_kh=k.stride(-2), stride_vh=v.stride(-2),
@@ -102,3 +103,12 @@ def forward_on_hopper(
         num_warps=tiles.num_warps,
     )  # fmt: skip
     return True
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    """Of a tile in shared memory."""
+    from triton.experimental.gluon import language as gl
+
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], element)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -21,10 +21,13 @@ from kernels.gdpa.tiles import (
     backward_query_tiles,
     backward_tiles,
     forward_tiles,
+    mean_tile_rows,
 )
 from kernels.jagged import accumulator
+from kernels.launcher import descriptor, launch, needs_gradient
 
 _LONGEST = 2**31 - 1
+_REMEMBERED = 1024  # classes of shapes
 # The interpreter, which tests on CPU use, knows no inline assembly.
 _COMPILED = isinstance(triton_kernels._gdpa_fwd_kernel, triton.JITFunction)
 
@@ -51,7 +54,8 @@ def gdpa_triton(
         out: Tensor = _gdpa(q_THD, q_offsets, k, v, kv_offsets, names, inner_scale, outer_scale, window)
         return out
     # Eagerly past the dispatcher, whose way through a Python op costs more than a small shape's kernel.
-    out = _Eager.apply(q_THD, q_offsets, k, v, kv_offsets, names, inner_scale, outer_scale, window)
+    run = _Eager.apply if needs_gradient(q_THD, k, v) else forward
+    out = run(q_THD, q_offsets, k, v, kv_offsets, names, inner_scale, outer_scale, window)
     return out
 
 
@@ -84,21 +88,22 @@ def forward(
         strides = _strides(("q", "k", "v", "o"), tensors)
         num_heads = tensors[0].shape[1]
         grid = (problem.num_examples * num_heads, splits)
-        options = strides | _options(problem, tiles, name)
+        options = _options(problem, tiles, name)
         streamed = _described(tensors[:1] if short else tensors[1:3], tiles, tiles.block_m if short else tiles.block_n)
-        options["TMA"] = streamed is not None
         if streamed is not None:
             tensors[0 if short else 1 : 1 if short else 3] = streamed
         if short:
-            triton_kernels._gdpa_fwd_short_kernel[grid](
+            launch(
+                triton_kernels._gdpa_fwd_short_kernel, grid,
                 *tensors, q_offsets, num_heads, problem.dense_keys, inner, outer,
-                LATE=tiles.late, **options,
+                LATE=tiles.late, TMA=streamed is not None, **strides, **options,
             )  # fmt: skip
         else:
-            triton_kernels._gdpa_fwd_kernel[grid](
-                *tensors, q_offsets, _offsets(kv_offsets, q_offsets), num_heads,
+            launch(
+                triton_kernels._gdpa_fwd_kernel, grid, *tensors, q_offsets, _offsets(kv_offsets, q_offsets), num_heads,
                 problem.dense_keys or 0, window or 0, inner, outer,
-                JAGGED=kv_offsets is not None, WINDOW=window is not None, **options,
+                JAGGED=kv_offsets is not None, WINDOW=window is not None, TMA=streamed is not None,
+                **strides, **options,
             )  # fmt: skip
     return out
 
@@ -119,12 +124,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV. `tiles` and `dq_mode` override the rule: for measurements."""
     q, k, v, grad = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v), _rows_of_heads(grad)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     problem = _problem(q, q_offsets, k, kv_offsets, window)
     tiles = tiles or backward_tiles(problem)
     if problem.num_examples == 0:
         return dq, dk, dv
-    modes = _dq_modes(problem, tiles, len(k)) if dq_mode is None else [dq_mode]
+    modes = _dq_modes(problem, tiles, k.shape[0]) if dq_mode is None else [dq_mode]
     splits = _backward_splits(problem, tiles, modes[0])
     scratch = torch.empty(q.shape, dtype=accumulator(q.dtype), device=q.device) if "carry" in modes else dq
     dk_parts, dv_parts = dk, dv
@@ -162,16 +167,18 @@ def _launch_backward(
     num_heads, programs = qkvg[0].shape[1], problem.num_examples * qkvg[0].shape[1]
     streamed = _described([qkvg[0], qkvg[3]], tiles, tiles.block_m)
     q_and_grad = [qkvg[0], qkvg[3]] if streamed is None else streamed
-    triton_kernels._gdpa_bwd_kernel[(programs, splits)](
+    launch(
+        triton_kernels._gdpa_bwd_kernel, (programs, splits),
         q_and_grad[0], *qkvg[1:3], q_and_grad[1], *grads, *offsets, num_heads, qkvg[1].shape[:-2].numel(),
         *lengths, *scalars, DQ=mode, LATE=tiles.late and mode != "skip", TMA=streamed is not None,
         **options, **_options(problem, tiles, activation),
     )  # fmt: skip
     if mode == "skip":
         query_tiles = backward_query_tiles(problem)
-        triton_kernels._gdpa_bwd_q_kernel[(programs, problem.tile_splits(query_tiles.block_m))](
-            *qkvg, grads[0], *offsets, num_heads, *scalars, **options, **_options(problem, query_tiles, activation)
-        )
+        launch(
+            triton_kernels._gdpa_bwd_q_kernel, (programs, problem.tile_splits(query_tiles.block_m)),
+            *qkvg, grads[0], *offsets, num_heads, *scalars, **options, **_options(problem, query_tiles, activation),
+        )  # fmt: skip
 
 
 def _dq_modes(problem: Problem, tiles: Tiles, kv_rows: int) -> list[str]:
@@ -208,24 +215,29 @@ def _backward_splits(problem: Problem, tiles: Tiles, mode: str) -> int:
 
 
 def _problem(q: Tensor, q_offsets: Tensor, k: Tensor, kv_offsets: Tensor | None, window: int | None) -> Problem:
-    return Problem(
-        dtype=q.dtype,
-        num_examples=q_offsets.shape[0] - 1,
-        num_heads=q.shape[1],
-        width=q.shape[2],
-        query_rows=q.shape[0],
-        dense_keys=k.shape[1] if kv_offsets is None else None,
-        window=window,
-        datacenter_card=_is_datacenter_card(q.device),
+    rows, num_heads, width = q.shape
+    num_examples = q_offsets.shape[0] - 1
+    dense_keys = k.shape[1] if kv_offsets is None else None
+    return _problem_of(
+        q.dtype, num_examples, num_heads, width, mean_tile_rows(rows, num_examples), dense_keys, window, q.device
     )
 
 
-@functools.cache
+@functools.lru_cache(_REMEMBERED)
+def _problem_of(
+    dtype: torch.dtype, num_examples: int, num_heads: int, width: int, query_rows: int, dense_keys: int | None,
+    window: int | None, device: torch.device,
+) -> Problem:  # fmt: skip
+    card = _is_datacenter_card(device)
+    return Problem(dtype, num_examples, num_heads, width, query_rows, dense_keys, window, card)
+
+
 def _is_datacenter_card(device: torch.device) -> bool:
     """True of the interpreter too, which then runs the code that such a card runs."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
+@functools.lru_cache(_REMEMBERED)
 def _options(problem: Problem, tiles: Tiles, activation: str) -> dict[str, Any]:
     return {
         "D": problem.width,
@@ -242,11 +254,13 @@ def _options(problem: Problem, tiles: Tiles, activation: str) -> dict[str, Any]:
 
 def _described(tensors: Sequence[Tensor], tiles: Tiles, block: int) -> list[TensorDescriptor] | None:
     """Copy-engine descriptors of (rows, columns of all heads) in blocks of one head; None where it cannot read them."""
-    views = [engine_view(x) if tiles.tma else None for x in tensors]
+    if not tiles.tma:
+        return None
+    views = [engine_view(x) for x in tensors]
     if None in views:
         return None
     return [
-        TensorDescriptor(x, *view, [block, x.shape[-1]])
+        descriptor(TensorDescriptor, x, view, [block, x.shape[-1]])
         for x, view in zip(tensors, views, strict=True)
         if view is not None
     ]
@@ -254,22 +268,30 @@ def _described(tensors: Sequence[Tensor], tiles: Tiles, block: int) -> list[Tens
 
 def _strides(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, int]:
     """By row and by head. They are constants of a compiled kernel: a tile's addresses then share one register pair."""
+    return _named_strides(*names, *[x.stride()[-3:-1] for x in tensors])
+
+
+@functools.lru_cache(_REMEMBERED)
+def _named_strides(*names_and_strides: Any) -> dict[str, int]:
+    half = len(names_and_strides) // 2
     return {
         f"stride_{name}{axis}": stride
-        for name, x in zip(names, tensors, strict=True)
-        for axis, stride in zip("th", x.stride()[-3:-1], strict=True)
+        for name, strides in zip(names_and_strides[:half], names_and_strides[half:], strict=True)
+        for axis, stride in zip("th", strides, strict=True)
     }
 
 
-def _runs(activation: str, num_heads: int) -> Iterator[tuple[str, slice]]:
+@functools.lru_cache(_REMEMBERED)
+def _runs(activation: str, num_heads: int) -> list[tuple[str, slice]]:
     """Neighboring heads of one activation: a launch each, so that no kernel branches on it."""
     names = activation.split(",")
     names = names * num_heads if len(names) == 1 else names
-    first = 0
+    runs, first = [], 0
     for name, run in groupby(names):
         size = len(list(run))
-        yield name, slice(first, first + size) if size < num_heads else slice(None)
+        runs.append((name, slice(first, first + size) if size < num_heads else slice(None)))
         first += size
+    return runs
 
 
 def _of_heads(tensors: Sequence[Tensor], heads: slice) -> list[Any]:

@@ -87,22 +87,23 @@ def check_arguments(
     """Raise ValueError, named after `op`, unless all arguments of `gdpa` fit."""
     if q_THD.dim() != 3:
         raise ValueError(f"{op}: q must be (T, H, D), got {tuple(q_THD.shape)}")
-    check_offsets(f"{op}: q_offsets", q_offsets, len(q_THD))
-    num_heads, width = q_THD.shape[1:]
+    rows, num_heads, width = q_THD.shape
+    check_offsets(f"{op}: q_offsets", q_offsets, rows)
+    k_shape = k.shape
     dims = 4 if kv_offsets is None else 3
-    if k.dim() != dims or k.shape != v.shape or tuple(k.shape[-2:]) != (num_heads, width):
+    if len(k_shape) != dims or k_shape != v.shape or k_shape[-2:] != (num_heads, width):
         layout = "(B, N, H, D)" if kv_offsets is None else "(S, H, D)"
         raise ValueError(
             f"{op}: k and v must be {layout} with (H, D) = ({num_heads}, {width}), "
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if kv_offsets is None:
-        if len(k) != len(q_offsets) - 1:
-            raise ValueError(f"{op}: k has {len(k)} examples, q_offsets {len(q_offsets) - 1}")
+        if k_shape[0] != q_offsets.shape[0] - 1:
+            raise ValueError(f"{op}: k has {k_shape[0]} examples, q_offsets {q_offsets.shape[0] - 1}")
         if window is not None:
             raise ValueError(f"{op}: a window needs jagged keys; pass kv_offsets or leave the window out")
     else:
-        check_offsets(f"{op}: kv_offsets", kv_offsets, len(k))
+        check_offsets(f"{op}: kv_offsets", kv_offsets, k_shape[0])
         if kv_offsets.shape != q_offsets.shape:
             raise ValueError(f"{op}: {len(kv_offsets)} kv_offsets for {len(q_offsets)} q_offsets")
     if window is not None and window < 0:

@@ -5,18 +5,21 @@ docs/kernels.md has the measurements behind each rule.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 # Programs that fill the largest card a few times over; below this, an example's queries are shared out.
 _ENOUGH_PROGRAMS = 512
+_LEAST_TILE = 16  # every block of rows is a multiple
+_REMEMBERED = 1024  # classes of problems
 _MAX_SPLITS = 65_535  # of a CUDA grid's second axis
 # Key tiles whose share of dQ may be added in a 16-bit type, rounded each time: measured errors are in docs/kernels.md.
 MAX_ROUNDED_SUMS = 6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
     """Rows of a query tile and of a key tile, warps of a program, depth of the load pipeline."""
 
@@ -32,9 +35,9 @@ class Tiles:
     """Backward over many key tiles, given enough examples: one program adds up dQ along them. Else two passes."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """What the rules may look at: no lengths, which live on the device."""
+    """What the rules may look at: no lengths, which live on the device. One object a class of problems."""
 
     dtype: torch.dtype
     num_examples: int
@@ -108,10 +111,11 @@ _FORWARD: dict[tuple[str, bool], Tiles] = {
     ("window", False): Tiles(128, 64, 8, 3),
     ("window", True): Tiles(128, 64, 8, 3),
 }
+_FEW_ROWS = Tiles(32, 64, 4, 1)  # backward at D <= 16: an example's queries and keys are one tile each
 _BACKWARD: dict[tuple[str, bool], Tiles] = {
     ("16", False): Tiles(64, 16, 4, 2),
     ("16", True): Tiles(64, 16, 4, 2),
-    ("32", False): Tiles(64, 32, 4, 1),
+    ("32", False): Tiles(64, 32, 2, 2, tma=True),
     ("32", True): Tiles(32, 32, 4, 2),
     ("64", False): Tiles(64, 64, 4, 3, tma=True),
     ("64", True): Tiles(32, 64, 4, 3, tma=True, late=True),
@@ -126,14 +130,24 @@ _BACKWARD: dict[tuple[str, bool], Tiles] = {
 }
 
 
+def mean_tile_rows(query_rows: int, num_examples: int) -> int:
+    """Rows rounded up as the rules do, to whole tiles of the smallest kind per example: batches then look alike."""
+    tile = _LEAST_TILE * max(num_examples, 1)
+    return -(-query_rows // tile) * tile
+
+
+@functools.lru_cache(_REMEMBERED)
 def forward_tiles(problem: Problem) -> Tiles:
     """Float32, float64 and other cards take small tiles, which run anywhere."""
     return _choose(problem, _FORWARD)
 
 
+@functools.lru_cache(_REMEMBERED)
 def backward_tiles(problem: Problem) -> Tiles:
     """Of the kernel that makes dK and dV."""
-    return _choose(problem, _BACKWARD)
+    tiles = _choose(problem, _BACKWARD)
+    few_rows = problem.block_d <= 16 and problem.query_rows <= _FEW_ROWS.block_m * problem.num_examples
+    return _FEW_ROWS if few_rows and problem.key_class == "64" and tiles is not _SMALL else tiles
 
 
 def backward_query_tiles(problem: Problem) -> Tiles:

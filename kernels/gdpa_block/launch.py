@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.gdpa import launch as gdpa_launch
 from kernels.gdpa_block import triton_kernels
 from kernels.jagged import accumulator
+from kernels.launcher import launch, needs_gradient
 
 _PROGRAM_NUMBERS = 2048  # of the rows of one program: enough loads in flight, few enough for the registers
 
@@ -35,6 +36,8 @@ def gdpa_block_triton(
         out: Tensor = _gdpa_block(s_THD, offsets, k, v, names, inner_scale, outer_scale)[0]
         return out
     # Eagerly past the dispatcher, whose way through a Python op costs more than a small shape's kernel.
+    if not needs_gradient(s_THD, k, v):
+        return forward(s_THD, offsets, k, v, names, inner_scale, outer_scale)[0]
     out = _Eager.apply(s_THD, offsets, k, v, names, inner_scale, outer_scale)
     return out
 
@@ -73,7 +76,7 @@ def _launch(kernel: Any, *tensors: Tensor) -> None:
         return
     block = 1 << (width - 1).bit_length()
     rows = max(1, _PROGRAM_NUMBERS // block)
-    kernel[(-(-num_rows // rows),)](*tensors, num_rows, W=width, BLOCK_W=block, ROWS=rows, num_warps=4)
+    launch(kernel, (-(-num_rows // rows),), *tensors, num_rows, W=width, BLOCK_W=block, ROWS=rows, num_warps=4)
 
 
 @torch.library.custom_op("exfm::gdpa_block", mutates_args=())

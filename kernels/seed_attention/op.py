@@ -64,7 +64,7 @@ def seed_attention(
             f"seed_attention: q must be (N, H, D), k and v (T, H, D), got {tuple(q_NHD.shape)}, "
             f"{tuple(k_THD.shape)} and {tuple(v_THD.shape)}"
         )
-    check_offsets("seed_attention: offsets", offsets, len(k_THD))
+    check_offsets("seed_attention: offsets", offsets, k_THD.shape[0])
     run = choose_backend(backend, op="seed_attention", device=q_NHD.device, implementations=_IMPLEMENTATIONS)
     factor = 1.0 / math.sqrt(q_NHD.shape[-1]) if scale is None else scale
     return run(q_NHD, k_THD, v_THD, offsets, scale=factor)

@@ -69,7 +69,7 @@ def window_attention(
         )
     if window is not None and window < 0:
         raise ValueError(f"window_attention: window must be >= 0, got {window}")
-    check_offsets("window_attention: offsets", offsets, len(q_THD))
+    check_offsets("window_attention: offsets", offsets, q_THD.shape[0])
     run = choose_backend(backend, op="window_attention", device=q_THD.device, implementations=_IMPLEMENTATIONS)
     factor = 1.0 / math.sqrt(q_THD.shape[-1]) if scale is None else scale
     return run(q_THD, k_THD, v_THD, offsets, window=window, scale=factor)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from foundation_model.layers.hsp import SumKronLinear
+from foundation_model.layers.hsp import sum_kron_linear
 from kernels.gdpa import gdpa
 from kernels.gdpa_block import gdpa_block
 from kernels.seed_attention import seed_attention
@@ -124,8 +124,7 @@ class Case:
         if shape.op == "gdpa_block":
             return lambda q, k, v, backend="triton": gdpa_block(q, offsets, k, v, backend=backend)
         if shape.op == "sum_kron":
-            layer = SumKronLinear(*shape.kron)
-            return lambda h, z, w, backend=None: torch.func.functional_call(layer, {"z_NKM": z, "w_KWW": w}, (h,))
+            return lambda h, z, w, backend=None: sum_kron_linear(h, z, w, shape.kron[1])
         if shape.op == "window_attention":
             return lambda q, k, v, backend="triton": window_attention(
                 q, k, v, offsets, window=shape.window, backend=backend

@@ -41,6 +41,15 @@ def test_sum_kron_linear_is_a_sum_of_kronecker_products() -> None:
     close(layer(h_BNW), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU computes in another order without a gradient")
+def test_sum_kron_linear_without_a_gradient_is_the_same_map() -> None:
+    layer = SumKronLinear(num_in=5, num_out=3, width=4, num_terms=2).cuda().double()
+    h_BNW = torch.randn(2, 5, 4, device="cuda", dtype=torch.float64)
+    with torch.no_grad():
+        apart = layer(h_BNW)
+    torch.testing.assert_close(apart, layer(h_BNW))
+
+
 def pffn(**changes: object) -> GdpaPffn:
     options = {"activation": "gelu_tanh", "inner_scale": None, "outer_scale": 1.0, "backend": "reference", **changes}
     return GdpaPffn(8, 2, 6, num_summary=3, n_kv=5, **options)  # type: ignore[arg-type]

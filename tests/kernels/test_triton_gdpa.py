@@ -11,7 +11,7 @@ from triton_cases import BOUNDS, DEVICE, LOW, check, poisoned
 from kernels.gdpa import ACTIVATIONS
 from kernels.gdpa.launch import backward, forward, gdpa_triton
 from kernels.gdpa.reference import gdpa_reference
-from kernels.gdpa.tiles import Problem, Tiles, backward_tiles, forward_tiles
+from kernels.gdpa.tiles import Problem, Tiles, backward_tiles, forward_tiles, mean_tile_rows
 
 poison = pytest.fixture(autouse=True)(poisoned)
 
@@ -183,3 +183,14 @@ def test_every_problem_has_tiles(choose, dtype, window, keys, width) -> None:
     tiles = choose(Problem(dtype, 7, 3, width, 900, keys, window))
     assert tiles.block_m >= 16
     assert tiles.block_n >= 16
+
+
+@pytest.mark.parametrize("examples", [0, 1, 7, 300])
+@pytest.mark.parametrize("block", [16, 48, 64, 128])
+def test_batches_that_look_alike_are_shared_out_alike(examples: int, block: int) -> None:
+    for rows in [0, 1, examples * 16, examples * 16 + 1, examples * 64 - 1, 4_001, 100_000]:
+        exact, alike = (
+            Problem(LOW, examples, 1, 64, n, 64, None) for n in (rows, mean_tile_rows(rows, examples))
+        )  # fmt: skip
+        assert exact.query_splits(block) == alike.query_splits(block)
+        assert exact.tile_splits(block) == alike.tile_splits(block)
