@@ -218,9 +218,10 @@ def _softmax_bwd_seeds_kernel(
         # Keys past the end are zeros and add nothing to dQ, as long as their weight is finite: no real one is above 1.
         p_MN = tl.exp2(tl.minimum(s_MN * scale_log2 - lse_M[:, None], 0.0))
         ds_MN = (p_MN * (dp_MN - delta_M[:, None]) * scale).to(q_MD.dtype)
+        # dQ before dV and dK: after them, ptxas serializes all products of the loop.
+        dq_MD = tl.dot(ds_MN, k_ND, dq_MD, input_precision=PRECISION)
         dv_ND = tl.dot(tl.trans(p_MN.to(do_MD.dtype)), do_MD, input_precision=PRECISION)
         dk_ND = tl.dot(tl.trans(ds_MN), q_MD, input_precision=PRECISION)
         store_rows(dv + part, dv_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
         store_rows(dk + part, dk_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
-        dq_MD = tl.dot(ds_MN, k_ND, dq_MD, input_precision=PRECISION)
     store_rows(dq + own * stride_gt + h * stride_gh, dq_MD, 0, num_shared, stride_gt, BLOCK_M, D, BLOCK_D)

@@ -101,7 +101,7 @@ _FORWARD: dict[tuple[str, bool], Tiles] = {
     ("32", False): Tiles(64, 32, 4, 3, late=True),
     ("32", True): Tiles(64, 32, 4, 2),
     ("64", False): Tiles(64, 64, 4, 3),
-    ("64", True): Tiles(64, 64, 4, 2),
+    ("64", True): Tiles(64, 64, 4, 1),
     ("128", False): Tiles(64, 128, 4, 4, tma=True),
     ("128", True): Tiles(128, 128, 8, 4, late=True),
     ("256", False): Tiles(128, 64, 8, 3, tma=True),
