@@ -36,21 +36,28 @@ class Buffers(NamedTuple):
 class StreamPlan(NamedTuple):
     """What one IPC stream holds: the length of its schema message, its record batches, its compressed buffers.
 
-    dictionaries: the ids of its dictionaries, if it is a schema, then one whole dictionary for each id, then record
-    batches, and nothing else; None otherwise.
+    dictionaries: their ids, if it is a schema, then one whole dictionary for each id, then record batches, and nothing
+    else; None otherwise. ends: where each dictionary ends. shared: its first bytes, whole messages, that the stream
+    before it began with too; `compressed` leaves those out.
     """
 
     schema_bytes: int
     num_batches: int
     compressed: list[Buffers]
-    dictionaries: frozenset[int] | None
+    dictionaries: list[int] | None
+    ends: list[int]
+    shared: int
 
 
-def inspect_stream(value: bytes) -> StreamPlan:
-    """Walk the messages of a whole IPC stream. Raises ValueError if it is cut short or its metadata make no sense."""
-    position, schema_bytes, num_batches = 0, 0, 0
+def inspect_stream(value: bytes, before: tuple[bytes, StreamPlan] | None = None) -> StreamPlan:
+    """Walk the messages of a whole IPC stream. Raises ValueError if it is cut short or its metadata make no sense.
+
+    `before`: another stream and its plan; what both begin with is taken from the plan.
+    """
+    schema_bytes, dictionaries, ends = _common(value, *before) if before else (0, [], [])
+    shared = position = ends[-1] if ends else schema_bytes
+    num_batches = 0
     compressed: list[Buffers] = []
-    dictionaries: list[int] = []
     plain = True
     try:
         while True:
@@ -76,6 +83,7 @@ def inspect_stream(value: bytes) -> StreamPlan:
                 id_slot, data_slot, delta_slot, _ = _slots(value, header)
                 plain &= not (num_batches or (delta_slot and value[header + delta_slot]))
                 dictionaries.append(_I64.unpack_from(value, header + id_slot)[0] if id_slot else 0)
+                ends.append(position)
                 _note_buffers(value, _child(value, header, data_slot), body, compressed)
             else:
                 plain &= not schema_bytes
@@ -84,8 +92,22 @@ def inspect_stream(value: bytes) -> StreamPlan:
         raise ValueError(f"Arrow stream is cut short: {error}") from None
     if meta != len(value):
         raise ValueError(f"{len(value) - meta} bytes follow the end of the Arrow stream")
-    ids = frozenset(dictionaries)
-    return StreamPlan(schema_bytes, num_batches, compressed, ids if plain and len(ids) == len(dictionaries) else None)
+    plain &= len(set(dictionaries)) == len(dictionaries)
+    return StreamPlan(schema_bytes, num_batches, compressed, dictionaries if plain else None, ends, shared)
+
+
+def _common(value: bytes, before: bytes, plan: StreamPlan) -> tuple[int, list[int], list[int]]:
+    """What both begin with: the length of the schema message (0: nothing), the next dictionaries, their ends."""
+    start = plan.schema_bytes
+    if plan.dictionaries is None or not value.startswith(before[:start]):
+        return 0, [], []
+    count = 0
+    for count, end in enumerate(plan.ends, 1):
+        if value[start:end] != before[start:end]:
+            count -= 1
+            break
+        start = end
+    return plan.schema_bytes, plan.dictionaries[:count], plan.ends[:count]
 
 
 def _note_buffers(value: bytes, batch: int, body: int, compressed: list[Buffers]) -> None:

@@ -1,14 +1,15 @@
 """Several `examples` messages decoded at once: most of the cost of a small message is per message and column.
 
 Messages of one writer start with the same schema message, and an Arrow IPC stream may replace its dictionaries before
-every record batch. So the messages of a poll, less the later schema messages, are one stream.
+every record batch. So the messages of a poll are one stream, less what each begins with as the one before it did: the
+schema message, and the dictionaries up to the first that differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pyarrow as pa
 
@@ -78,23 +79,23 @@ def _splice(values: Sequence[bytes | None]) -> tuple[pa.Buffer, bytes]:
     Raises ValueError unless each has the same schema message, one record batch, and all of its dictionaries before that
     (it would else be read with those of the message before), and all together decompress to MAX_DECODED_BYTES at most.
     """
-    plans = [inspect_stream(value or b"") for value in values]
-    first = plans[0]
-    start = first.schema_bytes
-    head = (values[0] or b"")[:start]
-    pieces: list[bytes | memoryview] = [head]
+    first = inspect_stream(values[0] or b"")
+    plans = [first]
+    for before, value in pairwise(values):
+        plans.append(inspect_stream(value or b"", (before or b"", plans[-1])))
+    pieces: list[bytes | memoryview] = []
     compressed: list[Buffers] = []
-    size = start
+    size = 0
     for value, plan in zip(values, plans, strict=True):
         assert value is not None
-        if not value.startswith(head) or plan.num_batches != 1 or plan.dictionaries != first.dictionaries:
+        if plan.dictionaries is None or plan.num_batches != 1:
+            raise ValueError("a message has an unusual layout")
+        if plan.dictionaries != first.dictionaries or not (plan.shared or plan is first):
             raise ValueError("the messages are of different kinds")
-        moved = size - start
+        moved = size - plan.shared
         compressed += [Buffers(pairs + moved, count, body + moved) for pairs, count, body in plan.compressed]
-        pieces.append(memoryview(value)[start:-END_BYTES])
+        pieces.append(memoryview(value)[plan.shared : -END_BYTES])
         size += len(pieces[-1])
-    if first.dictionaries is None:
-        raise ValueError("the messages have an unusual layout")
     pieces.append(memoryview(values[-1] or b"")[-END_BYTES:])
     stream = pa.allocate_buffer(size + END_BYTES)
     place, target = 0, memoryview(stream).cast("B")
@@ -102,4 +103,4 @@ def _splice(values: Sequence[bytes | None]) -> tuple[pa.Buffer, bytes]:
         target[place : (place := place + len(piece))] = piece
     if decoded_bytes(stream, compressed) > examples.MAX_DECODED_BYTES:
         raise ValueError("the messages are too large to decode together")
-    return stream, head
+    return stream, (values[0] or b"")[: first.schema_bytes]

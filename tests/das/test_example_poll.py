@@ -139,6 +139,25 @@ def test_a_dictionary_that_adds_to_another_is_not_spliced() -> None:
     assert inspect_stream(_with_delta()).dictionaries is None
 
 
+def test_dictionaries_that_come_and_go_between_messages(together: list[int]) -> None:
+    words = [["a", "b"], ["a", "b"], ["a", "b", "c"], ["a", "b"], ["b", "c"], ["a", "b"]]
+    values = [_replaced("tag", pa.array(own * 9).dictionary_encode()[:9]) for own in words]
+    assert outcomes(decode_poll(values, DECODER)) == one_by_one(values)
+    assert together == [6]
+
+
+def test_what_a_message_begins_with_as_the_one_before_it_is_spliced_once() -> None:
+    first = inspect_stream(VALUES[0])
+    same = inspect_stream(VALUES[0], (VALUES[0], first))
+    assert (same.shared, same.dictionaries) == (first.ends[-1], first.dictionaries)
+    other = _replaced("tag", pa.array(["z"] * 9).dictionary_encode())
+    before = _replaced("tag", pa.array(["y"] * 9).dictionary_encode())
+    plan = inspect_stream(before)
+    tag = next(i for i, end in enumerate(plan.ends) if other[:end] != before[:end])
+    assert tag > 0
+    assert inspect_stream(other, (before, plan)).shared == plan.ends[tag - 1]
+
+
 def test_a_message_with_a_dictionary_twice_is_decoded_by_itself(together: list[int]) -> None:
     values = [VALUES[0], b"".join([PARTS[0], PARTS[1], *PARTS[1:]]), VALUES[3]]
     assert outcomes(decode_poll(values, DECODER)) == one_by_one(values)

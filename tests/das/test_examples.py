@@ -78,6 +78,14 @@ def test_the_same_rows_give_the_same_bytes() -> None:
     assert encode_examples(joined(small_schema(), 9), small_schema(), "lz4") == VALUE
 
 
+def test_the_order_of_rows_does_not_change_the_dictionaries() -> None:
+    ways = [example_batch(rows, SCHEMA) for rows in (ROWS, ROWS[::-1])]
+    for one, other in zip(*(way.columns for way in ways), strict=True):
+        if pa.types.is_dictionary(one.type):
+            assert one.dictionary.equals(other.dictionary)
+            assert one.to_pylist() == other.to_pylist()[::-1]
+
+
 @pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
 def test_compression_changes_no_row(compression: Compression) -> None:
     rows = joined(SCHEMA, 256)
