@@ -133,7 +133,8 @@ class TeacherTrainer:
         """Learn from logits of `score`. Returns whether the step was taken; a non-finite one leaves the weights."""
         loss = self.loss(logits_BK, batch)
         self.optimizers.zero_grad()
-        loss.backward()
+        with torch.autograd.set_multithreading_enabled(False):  # autograd's thread for a GPU only costs waiting
+            loss.backward()
         ok = self.optimizers.step(loss)
         self.optimizers.zero_grad()
         self.version += 1

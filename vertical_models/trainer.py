@@ -102,7 +102,8 @@ class StudentTrainer:
         teacher = item.teacher.to(self.device) if item.teacher else None
         loss = self._objective(output.logits_BK, output.distilled_BK, batch.labels_BK, batch.label_mask_BK, teacher)
         self.optimizers.zero_grad()
-        loss.backward()
+        with torch.autograd.set_multithreading_enabled(False):  # autograd's thread for a GPU only costs waiting
+            loss.backward()
         ok = self.optimizers.step(loss)  # 3. learn
         self._count(item, ok)
         return ok

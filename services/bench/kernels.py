@@ -50,6 +50,14 @@ def run(
         raise ValueError(f"no shape {shape or ''} of op {op or 'any'}; known: {', '.join(s.name for s in SHAPES)}")
     if not torch.cuda.is_available():
         raise RuntimeError("exfm bench kernels times CUDA kernels and found no CUDA device; run it on a GPU machine")
+    with torch.autograd.set_multithreading_enabled(False):  # as the trainers have it
+        result = _measure(chosen, compiled, seconds, compile_seconds)
+    if json_path is not None:
+        json_path.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _measure(chosen: list[Shape], compiled: bool, seconds: float, compile_seconds: float) -> dict[str, Any]:
     started = time.monotonic()
     device = torch.device("cuda")
     timer = _Timer(device)
@@ -65,10 +73,7 @@ def run(
         _add_baselines(s, rows, timer, device, compiled and spent <= compile_seconds)
     for row in rows:
         print(_line(row), flush=True)
-    result = _document(rows, rates)
-    if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    return _document(rows, rates)
 
 
 class _Timer:
