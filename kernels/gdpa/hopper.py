@@ -12,38 +12,43 @@ from torch import Tensor
 
 from kernels.gdpa.tiles import Problem
 
+_ROWS = 64  # of a query tile that one group of warps takes
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
 
 @dataclass(frozen=True, slots=True)
 class HopperTiles:
-    """Rows of a query tile and of a key tile, tiles of keys and values on chip (odd), warps; EARLY of the kernel."""
+    """Groups of 64 query rows, rows of a key tile, stages of the ring of keys and values."""
 
-    block_m: int
+    groups: int
     block_n: int
     slots: int
-    num_warps: int
-    early: bool = False
+
+    @property
+    def registers(self) -> int:
+        """Of a thread of a group: all the multiprocessor has, less those of the copying warp, in steps of 8."""
+        return 240 if self.groups == 2 else 152
 
 
-# By (class of keys, wide heads), where it measured faster than Triton on an H100. Shared memory holds two programs of 4
-# warps, or one of 8, whose activations then have to hide behind their own products.
-_SMALL_WINDOW = 64
-_FORWARD: dict[tuple[str, bool], HopperTiles] = {
-    ("256", False): HopperTiles(128, 64, 7, 4),
-    ("256", True): HopperTiles(128, 64, 9, 8, early=True),
-    ("long", False): HopperTiles(128, 64, 7, 4),
-    ("long", True): HopperTiles(128, 64, 9, 8, early=True),
-    ("window", False): HopperTiles(64, 64, 7, 4),
-    ("window", True): HopperTiles(64, 64, 5, 4),
+# By (class of keys, width), where it measured faster than Triton on an H100.
+_FORWARD: dict[tuple[str, int], HopperTiles] = {
+    ("128", 128): HopperTiles(2, 64, 4),
+    ("256", 32): HopperTiles(3, 64, 12),
+    ("256", 64): HopperTiles(3, 64, 6),
+    ("256", 128): HopperTiles(2, 64, 4),
+    ("long", 32): HopperTiles(3, 64, 6),
+    ("long", 64): HopperTiles(3, 64, 6),
+    ("long", 128): HopperTiles(2, 64, 4),
+    ("window", 32): HopperTiles(2, 64, 12),
+    ("window", 64): HopperTiles(3, 32, 12),
+    ("window", 128): HopperTiles(2, 32, 8),
 }
 
 
 @functools.lru_cache(1024)
 def hopper_tiles(problem: Problem) -> HopperTiles | None:
     """None: Triton's kernels are faster, or this one cannot take the problem."""
-    if not (problem.low_precision and problem.width in (32, 64, 128)):
-        return None
-    wide_window = problem.window is not None and problem.window > _SMALL_WINDOW
-    return _FORWARD.get(("long" if wide_window else problem.key_class, problem.width > 64))
+    return _FORWARD.get((problem.key_class, problem.width)) if problem.low_precision else None
 
 
 @functools.cache
@@ -84,7 +89,7 @@ def forward_on_hopper(
     from kernels.launcher import descriptor, launch
 
     described: list[Any] = []
-    for x, rows in zip(qkvo, (tiles.block_m, tiles.block_n, tiles.block_n, tiles.block_m), strict=True):
+    for x, rows in zip(qkvo, (_ROWS, tiles.block_n, tiles.block_n, _ROWS), strict=True):
         view = engine_view(x)
         if view is None:
             return False
@@ -92,17 +97,37 @@ def forward_on_hopper(
         described.append(descriptor(TensorDescriptor, x, view, [rows, problem.width], layout))
     q, k, v, out = qkvo
     num_heads = q.shape[1]
+    num_parts = problem.query_splits(tiles.groups * _ROWS)
+    items = problem.num_examples * num_heads * num_parts
     launch(
-        _gdpa_fwd_hopper_kernel, (problem.num_examples * num_heads, problem.query_splits(tiles.block_m)),
-        *described, out, q_offsets, q_offsets if kv_offsets is None else kv_offsets, num_heads,
-        problem.dense_keys or 0, problem.window or 0, inner, outer,
+        _gdpa_fwd_hopper_kernel, (min(items, _multiprocessors(q.device)),),
+        *described, out, q_offsets, q_offsets if kv_offsets is None else kv_offsets, _counter(q.device),
+        items, num_parts, num_heads, problem.dense_keys or 0, problem.window or 0, inner, outer,
         stride_qh=q.stride(-2), stride_kh=k.stride(-2), stride_vh=v.stride(-2),
         stride_ot=out.stride(0), stride_oh=out.stride(1),
-        D=problem.width, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SLOTS=tiles.slots, EARLY=tiles.early,
-        JAGGED=kv_offsets is not None, WINDOW=problem.window is not None, ACTIVATION=activation, APPROX=True,
-        num_warps=tiles.num_warps,
+        D=problem.width, BLOCK_N=tiles.block_n, SLOTS=tiles.slots, GROUPS=tiles.groups, REGISTERS=tiles.registers,
+        JAGGED=kv_offsets is not None, WINDOW=problem.window is not None, ACTIVATION=activation,
+        APPROX=True, num_warps=4,
     )  # fmt: skip
     return True
+
+
+def _counter(device: torch.device) -> Tensor:
+    """Two zeros, which a kernel leaves as it found them: a pair for each stream, whose kernels run one after another.
+
+    A captured graph may be replayed beside kernels of the stream it was captured on, and gets a pair of its own.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    key = device, torch._C._cuda_getCurrentRawStream(device.index)
+    if key not in _counters:
+        _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

@@ -54,6 +54,29 @@ def activate(r, inner, outer, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
 
 
 @triton.jit
+def activate_bare(r, inner, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
+    """act(inner * r), but for a factor that all of a tensor have in common: a multiplication less for each."""
+    if ACTIVATION == "gelu_tanh":
+        linear = _ROOT_2_OVER_PI * inner
+        return r * _tanh(r * (r * r * (linear * _CUBIC * inner * inner) + linear), APPROX) + r
+    elif ACTIVATION == "silu":
+        return r * _tanh(r * (0.5 * inner), APPROX) + r
+    elif ACTIVATION == "gelu":
+        return r * tl.erf(r * (inner * _ROOT_HALF)) + r
+    else:
+        return activate(r, inner, 1.0, ACTIVATION, APPROX)
+
+
+@triton.jit
+def bare_factor(inner, outer, ACTIVATION: tl.constexpr):
+    """outer * act(inner * r) / activate_bare(r)."""
+    if ACTIVATION == "gelu_tanh" or ACTIVATION == "silu" or ACTIVATION == "gelu":
+        return 0.5 * inner * outer
+    else:
+        return outer
+
+
+@triton.jit
 def activate_with_slope(r, inner, outer, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
     """outer * act(inner * r) and its derivative by r, outer * inner * act'(inner * r)."""
     both = inner * outer
