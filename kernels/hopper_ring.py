@@ -1,0 +1,196 @@
+"""What GDPA's and softmax attention's forward kernels on Hopper share, in Gluon: a warp that has tiles copied, groups of
+four warps that compute, and how they tell each other.
+
+Shape letters: H heads, D head width, N rows of a key tile. An item is an example and a head, or one of `num_parts` that
+share out its query tiles. These are taken one after another, GROUPS x 64 rows, 64 to a group; for each, all key tiles
+pass by in a ring of stages that all groups read. The groups are not in step: while one computes weights, others have
+products in flight. A program that is done with an item takes another off a counter.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Device code: Gluon gives the arguments their types at launch.
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+# Renamed in Triton 3.7 and 3.8.
+_all_warps = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+ROWS = gl.constexpr(64)  # of a group: what one matrix instruction takes
+PRODUCER_REGISTERS = gl.constexpr(24)
+
+
+@gluon.jit
+def key_range(m, rows, length, window, N: gl.constexpr, WINDOW: gl.constexpr):
+    """Keys that rows [m, m + rows) meet: at least one tile, if of masked keys, so that every row has a result."""
+    lo = 0
+    hi = length
+    if WINDOW:
+        lo = gl.maximum(gl.minimum(m - window, length - 1), 0) // N * N
+        hi = gl.minimum(m + rows + window, length)
+    return lo, gl.maximum(hi, lo + 1)
+
+
+@gluon.jit
+def _publish(item, h, first, num_q, length, m_first, items, item_full, item_empty, at):
+    """Tell the groups about an item."""
+    slot = at % 2
+    mbarrier.wait(item_empty.index(slot), (at // 2 & 1) ^ 1)
+    zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    items.index(slot * 8).store(zero + item)
+    items.index(slot * 8 + 1).store(zero + h)
+    items.index(slot * 8 + 2).store(zero + first)
+    items.index(slot * 8 + 3).store(zero + num_q)
+    items.index(slot * 8 + 4).store(zero + length)
+    items.index(slot * 8 + 5).store(zero + m_first)
+    mbarrier.arrive(item_full.index(slot), count=1)
+
+
+@gluon.jit
+def _scalar(x):
+    return gl.max(x.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
+@gluon.jit
+def next_item(items, item_full, item_empty, at):
+    slot = at % 2
+    mbarrier.wait(item_full.index(slot), at // 2 & 1)
+    item = _scalar(items.index(slot * 8))
+    h = _scalar(items.index(slot * 8 + 1))
+    first = _scalar(items.index(slot * 8 + 2))
+    num_q = _scalar(items.index(slot * 8 + 3))
+    length = _scalar(items.index(slot * 8 + 4))
+    m_first = _scalar(items.index(slot * 8 + 5))
+    _all_warps()  # have read
+    mbarrier.arrive(item_empty.index(slot), count=1)
+    return item, h, first, num_q, length, m_first
+
+
+@gluon.jit
+def produce(
+    q, k, v, q_offsets, kv_offsets, counter, num_items, num_parts, num_heads, num_q_each, num_kv_each, window,
+    tiles, barriers, news,
+    stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr,
+    GROUPS: gl.constexpr, SHARED: gl.constexpr, JAGGED: gl.constexpr, WINDOW: gl.constexpr,
+):  # fmt: skip
+    """The warp that takes items and has their tiles copied, as far ahead as there is room.
+
+    SHARED: the same `num_q_each` queries serve every example; else they are jagged. JAGGED: keys are; else every
+    example has `num_kv_each`. `counter` is two int32 that are 0 before and after the kernel.
+    """
+    q_tiles, k_tiles, v_tiles, _ = tiles
+    q_full, q_empty, k_full, v_full, empty = barriers
+    items, item_full, item_empty = news
+    Q_SLOTS: gl.constexpr = q_tiles.shape[0] // GROUPS
+    SLOTS: gl.constexpr = k_tiles.shape[0]
+    N: gl.constexpr = k_tiles.shape[1]
+    Q_BYTES: gl.constexpr = ROWS * k_tiles.shape[2] * (q.dtype.primitive_bitwidth // 8)
+    KEY_BYTES: gl.constexpr = N * k_tiles.shape[2] * (k.dtype.primitive_bitwidth // 8)
+    tile = 0  # query tiles so far
+    at = 0  # key tiles so far
+    count = 0  # items so far
+    item = gl.program_id(0)
+    while item < num_items:
+        b, h = item // num_parts // num_heads, item // num_parts % num_heads
+        m_first = item % num_parts * (GROUPS * ROWS)
+        q_first, first, num_q = b * 0, b * num_q_each, num_q_each
+        if not SHARED:
+            first = gl.load(q_offsets + b)
+            q_first, num_q = first, gl.load(q_offsets + b + 1) - first
+        kv_first, length = b * num_kv_each, num_kv_each
+        if JAGGED:
+            kv_first = gl.load(kv_offsets + b)
+            length = gl.load(kv_offsets + b + 1) - kv_first
+        _publish(item, h, first, num_q, length, m_first, items, item_full, item_empty, count)
+        for m in range(m_first, num_q, num_parts * (GROUPS * ROWS)):
+            slot = tile % Q_SLOTS
+            mbarrier.wait(q_empty.index(slot), (tile // Q_SLOTS & 1) ^ 1)
+            for group in gl.static_range(GROUPS):
+                row = m + group * ROWS
+                full = q_full.index(slot * GROUPS + group)
+                mbarrier.arrive(full, count=1, pred=row >= num_q)
+                mbarrier.expect(full, Q_BYTES, pred=row < num_q)
+                load(q, [q_first + row, h * stride_qh], full, q_tiles.index(slot * GROUPS + group), pred=row < num_q)
+            tile += 1
+            lo, hi = key_range(m, GROUPS * ROWS, length, window, N, WINDOW)
+            for n in range(lo, hi, N):
+                slot = at % SLOTS
+                mbarrier.wait(empty.index(slot), (at // SLOTS & 1) ^ 1)
+                mbarrier.expect(k_full.index(slot), KEY_BYTES)
+                load(k, [kv_first + n, h * stride_kh], k_full.index(slot), k_tiles.index(slot))
+                mbarrier.expect(v_full.index(slot), KEY_BYTES)
+                load(v, [kv_first + n, h * stride_vh], v_full.index(slot), v_tiles.index(slot))
+                at += 1
+        # Not before this item's last copies are on their way: a program that is busy must not hold a second one.
+        item = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        count += 1
+    _publish(item, 0, 0, 0, 0, 0, items, item_full, item_empty, count)
+    # The last program to come here leaves both counts as it found them.
+    if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(counter, 0)
+        gl.store(counter + 1, 0)
+
+
+@gluon.jit
+def pass_by(at, count, k_full, v_full, empty):
+    """Let `count` key tiles pass that this group does not need."""
+    SLOTS: gl.constexpr = empty.shape[0]
+    for _ in range(count):
+        slot = at % SLOTS
+        mbarrier.wait(k_full.index(slot), at // SLOTS & 1)
+        mbarrier.wait(v_full.index(slot), at // SLOTS & 1)
+        mbarrier.arrive(empty.index(slot), count=1)
+        at += 1
+    return at
+
+
+@gluon.jit
+def store_tile(x_MD, out, out_pointer, staged, h, first, m, num_q, stride_t: gl.constexpr, stride_h: gl.constexpr,
+               LAYOUT: gl.constexpr):  # fmt: skip
+    """64 rows through shared memory and the copy engine, an example's last rows from the registers."""
+    if m + ROWS <= num_q:
+        staged.store(x_MD.to(staged.dtype))
+        hopper.fence_async_shared()
+        store(out, [first + m, h * stride_h], staged)
+    else:
+        row_M = m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+        d_D = gl.arange(0, staged.shape[1], gl.SliceLayout(0, LAYOUT))
+        rows = out_pointer + first.to(gl.int64) * stride_t + h * stride_h
+        gl.store(rows + (row_M[:, None] * stride_t + d_D[None, :]), x_MD.to(staged.dtype), mask=(row_M < num_q)[:, None])
+
+
+@gluon.jit
+def allocate(q, k, out, D: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr):
+    """The tiles, the barriers and what `publish` writes to, for two query tiles and SLOTS stages of keys and values."""
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_tiles = gl.allocate_shared_memory(q.dtype, [2 * GROUPS, ROWS, D], q.layout)
+    o_tiles = gl.allocate_shared_memory(q.dtype, [GROUPS, ROWS, D], out.layout)
+    k_tiles = gl.allocate_shared_memory(q.dtype, [SLOTS, BLOCK_N, D], k.layout)
+    v_tiles = gl.allocate_shared_memory(q.dtype, [SLOTS, BLOCK_N, D], k.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2 * GROUPS, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    items = gl.allocate_shared_memory(gl.int32, [16, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    item_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    item_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for i in gl.static_range(2 * GROUPS):
+        mbarrier.init(q_full.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(q_empty.index(i), count=GROUPS)
+        mbarrier.init(item_full.index(i), count=1)
+        mbarrier.init(item_empty.index(i), count=GROUPS)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=GROUPS)
+    hopper.fence_async_shared()
+    tiles = (q_tiles, k_tiles, v_tiles, o_tiles)
+    barriers = (q_full, q_empty, k_full, v_full, empty)
+    return tiles, barriers, (items, item_full, item_empty)
