@@ -1,0 +1,120 @@
+"""Launches of softmax attention's kernels on Hopper: where they run, and their tiles."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.gdpa.hopper import HopperTiles, _layout, engine_view
+
+_ENOUGH_PROGRAMS = 512  # fill the card a few times over
+_SMALL_WINDOW = 64  # up to it, wide heads take small tiles: less of them is masked
+
+
+@functools.lru_cache(1024)
+def forward_tiles(dtype: torch.dtype, width: int, seeds: int | None, window: int | None) -> HopperTiles | None:
+    """None: Triton's kernel is faster, or this one cannot take the problem. `seeds`: how many all examples share."""
+    if not _takes(dtype, width):
+        return None
+    if seeds is not None:
+        return HopperTiles(128, 64, 9, 8) if width == 128 and seeds > 64 else None
+    if width == 64:
+        return HopperTiles(64, 64, 7, 4)
+    return HopperTiles(64, 64, 5, 4) if _is_small(window) else HopperTiles(128, 64, 9, 8)
+
+
+@functools.lru_cache(1024)
+def backward_tiles(
+    dtype: torch.dtype, width: int, programs: int, seeds: int | None, window: int | None
+) -> HopperTiles | None:
+    """As `forward_tiles`; `block_m` rows of every tile, scores for dK and dV in parts of `block_n` columns.
+
+    Programs are (example, head) pairs: each walks all tiles of its own, so that few leave the card idle.
+    """
+    if not _takes(dtype, width) or programs < _ENOUGH_PROGRAMS:
+        return None
+    if width == 64:
+        return HopperTiles(64, 64, 7, 4)
+    return HopperTiles(64, 32, 5, 4) if seeds is not None or _is_small(window) else None
+
+
+def forward_on_hopper(
+    qkvo: tuple[Tensor, Tensor, Tensor, Tensor], lse: Tensor, offsets: Tensor, shared: bool, window: int | None,
+    scale_log2: float, tiles: HopperTiles,
+) -> bool:  # fmt: skip
+    """Fill out and lse; False, with nothing done, where a tensor's layout or the scale's sign forbids it."""
+    q, k, v, out = qkvo
+    rows = (tiles.block_m, tiles.block_n, tiles.block_n, tiles.block_m)
+    described = _described(qkvo, rows) if scale_log2 > 0 else None
+    if described is None:
+        return False
+    from kernels.attention.hopper_forward import _softmax_fwd_hopper_kernel
+    from kernels.launcher import launch
+
+    num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
+    launch(
+        _softmax_fwd_hopper_kernel, (num_examples * num_heads, _splits(num_examples, out, tiles.block_m)),
+        *described, out, lse, offsets, num_heads, q.shape[0], window or 0, scale_log2,
+        stride_qh=q.stride(1), stride_kh=k.stride(1), stride_vh=v.stride(1),
+        stride_ot=out.stride(0), stride_oh=out.stride(1),
+        D=q.shape[2], BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SLOTS=tiles.slots,
+        SHARED=shared, WINDOW=window is not None, num_warps=tiles.num_warps,
+    )  # fmt: skip
+    return True
+
+
+def backward_on_hopper(
+    tensors: tuple[Tensor, ...], shared: bool, window: int | None, scales: tuple[float, float], tiles: HopperTiles
+) -> bool:
+    """Fill dQ, dK and dV; False, with nothing done, where a tensor's layout forbids it."""
+    q, k, v, out, grad, lse, dq, dk, dv, offsets = tensors
+    described = _described((q, k, v, grad, dq, dk, dv), [tiles.block_m] * 7)
+    if described is None:
+        return False
+    from kernels.attention.hopper_backward import _softmax_bwd_hopper_kernel
+    from kernels.launcher import launch
+
+    num_heads = q.shape[1]
+    delta = torch.empty((2, *lse.shape), dtype=lse.dtype, device=lse.device)
+    launch(
+        _softmax_bwd_hopper_kernel, (2 * (offsets.shape[0] - 1) * num_heads,),
+        *described, dq, dk, dv, out, grad, lse, delta, offsets, num_heads, q.shape[0], window or 0, *scales,
+        stride_qh=q.stride(1), stride_kh=k.stride(1), stride_vh=v.stride(1),
+        stride_dot=grad.stride(0), stride_doh=grad.stride(1), stride_gt=out.stride(0), stride_gh=out.stride(1),
+        D=q.shape[2], BLOCK=tiles.block_m, PART=tiles.block_n, SLOTS=tiles.slots,
+        SHARED=shared, WINDOW=window is not None, num_warps=tiles.num_warps,
+    )  # fmt: skip
+    return True
+
+
+def _is_small(window: int | None) -> bool:
+    return window is not None and window <= _SMALL_WINDOW
+
+
+def _takes(dtype: torch.dtype, width: int) -> bool:
+    return dtype in (torch.bfloat16, torch.float16) and width in (64, 128)
+
+
+def _splits(num_examples: int, x: Tensor, block: int) -> int:
+    """Programs that share an example's tiles of rows of x: as few as fill the card."""
+    wanted, tiles = -(-_ENOUGH_PROGRAMS // (num_examples * x.shape[1])), -(-x.shape[0] // (num_examples * block))
+    return max(1, min(wanted, tiles, 65_535))
+
+
+def _described(tensors: Sequence[Tensor], rows: Sequence[int]) -> list[Any] | None:
+    """Copy-engine descriptors of tiles of so many rows of one head; None where it cannot read or write one."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from kernels.launcher import descriptor
+
+    described = []
+    for x, n in zip(tensors, rows, strict=True):
+        view = engine_view(x)
+        if view is None:
+            return None
+        described.append(descriptor(TensorDescriptor, x, view, [n, x.shape[-1]], _layout(n, x.shape[-1], x.dtype)))
+    return described
