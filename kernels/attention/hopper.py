@@ -12,24 +12,23 @@ from torch import Tensor
 from kernels.gdpa.hopper import HopperTiles, _layout, engine_view
 
 _ENOUGH_PROGRAMS = 512  # fill the card a few times over
-_SMALL_WINDOW = 64  # up to it, wide heads take small tiles: less of them is masked
+_SMALL_WINDOW = 128  # up to it small tiles are faster: less of them is masked
+_DELTA_ROWS = 64
 
 
 @functools.lru_cache(1024)
 def forward_tiles(dtype: torch.dtype, width: int, seeds: int | None, window: int | None) -> HopperTiles | None:
     """None: Triton's kernel is faster, or this one cannot take the problem. `seeds`: how many all examples share."""
-    if not _takes(dtype, width):
+    if not _takes(dtype, width) or (seeds is not None and seeds <= 64):
         return None
-    if seeds is not None:
-        return HopperTiles(128, 64, 9, 8) if width == 128 and seeds > 64 else None
-    if width == 64:
-        return HopperTiles(64, 64, 7, 4)
-    return HopperTiles(64, 64, 5, 4) if _is_small(window) else HopperTiles(128, 64, 9, 8)
+    if _is_small(window):
+        return HopperTiles(64, 64, 7 if width == 64 else 5, 4)
+    return HopperTiles(128, 64, 7, 4) if width == 64 else HopperTiles(128, 64, 9, 8)
 
 
 @functools.lru_cache(1024)
 def backward_tiles(
-    dtype: torch.dtype, width: int, programs: int, seeds: int | None, window: int | None
+    dtype: torch.dtype, width: int, programs: int, short: bool, seeds: int | None, window: int | None
 ) -> HopperTiles | None:
     """As `forward_tiles`; `block_m` rows of every tile, scores for dK and dV in parts of `block_n` columns.
 
@@ -38,7 +37,7 @@ def backward_tiles(
     if not _takes(dtype, width) or programs < _ENOUGH_PROGRAMS:
         return None
     if width == 64:
-        return HopperTiles(64, 64, 7, 4)
+        return None if short else HopperTiles(64, 64, 7, 4)
     return HopperTiles(64, 32, 5, 4) if seeds is not None or _is_small(window) else None
 
 
@@ -76,16 +75,21 @@ def backward_on_hopper(
     if described is None:
         return False
     from kernels.attention.hopper_backward import _softmax_bwd_hopper_kernel
+    from kernels.attention.triton_kernels import _softmax_delta_kernel
     from kernels.launcher import launch
 
-    num_heads = q.shape[1]
-    delta = torch.empty((2, *lse.shape), dtype=lse.dtype, device=lse.device)
+    rows, num_heads, width = out.shape
+    delta = torch.empty_like(lse)
+    launch(
+        _softmax_delta_kernel, (-(-rows * num_heads // _DELTA_ROWS),), out, grad, delta, rows, num_heads,
+        stride_dot=grad.stride(0), stride_doh=grad.stride(1), D=width, BLOCK_ROWS=_DELTA_ROWS, num_warps=4,
+    )  # fmt: skip
     launch(
         _softmax_bwd_hopper_kernel, (2 * (offsets.shape[0] - 1) * num_heads,),
-        *described, dq, dk, dv, out, grad, lse, delta, offsets, num_heads, q.shape[0], window or 0, *scales,
-        stride_qh=q.stride(1), stride_kh=k.stride(1), stride_vh=v.stride(1),
-        stride_dot=grad.stride(0), stride_doh=grad.stride(1), stride_gt=out.stride(0), stride_gh=out.stride(1),
-        D=q.shape[2], BLOCK=tiles.block_m, PART=tiles.block_n, SLOTS=tiles.slots,
+        *described, dq, dk, dv, lse, delta, offsets, num_heads, q.shape[0], window or 0, *scales,
+        stride_qh=q.stride(1), stride_kh=k.stride(1), stride_vh=v.stride(1), stride_doh=grad.stride(1),
+        stride_gt=out.stride(0), stride_gh=out.stride(1),
+        D=width, BLOCK=tiles.block_m, PART=tiles.block_n, SLOTS=tiles.slots,
         SHARED=shared, WINDOW=window is not None, num_warps=tiles.num_warps,
     )  # fmt: skip
     return True

@@ -19,8 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from kernels.attention.hopper_forward import _is_cut, _visible
 from kernels.gdpa.hopper_forward import _advance, _copy_in, _key_range, _store_out
 
-_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # renamed in Triton 3.7
-
 
 @gluon.jit
 def _weights(
@@ -91,26 +89,10 @@ def _refill(u, w, u_at, w_at, cursor, full, ring, at, num_rows, length, window, 
 
 
 @gluon.jit
-def _deltas(out_base, do_base, delta_base, num_queries, stride_dot: gl.constexpr, stride_gt: gl.constexpr,
-            D: gl.constexpr):  # fmt: skip
-    """delta = rowsum(dO * O) of one example and head, for this program's own use."""
-    ROWS: gl.constexpr = 64
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
-    d_D = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
-    for m in range(0, num_queries, ROWS):
-        row = m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        mask = (row < num_queries)[:, None]
-        o = gl.load(out_base + (row[:, None] * stride_gt + d_D), mask=mask, other=0.0).to(gl.float32)
-        do = gl.load(do_base + (row[:, None] * stride_dot + d_D), mask=mask, other=0.0).to(gl.float32)
-        gl.store(delta_base + row, gl.sum(o * do, 1), mask=row < num_queries)
-    _barrier()
-
-
-@gluon.jit
 def _pass(
-    x, y, u, w, dx, dy, dx_base, dy_base, out_base, do_base, lse_base, delta_base, resident, ring, resident_full, full,
+    x, y, u, w, dx, dy, dx_base, dy_base, lse_base, delta_base, resident, ring, resident_full, full,
     x_at, y_at, u_at, w_at, grad_at, num_rows, length, num_heads, window, scale, scale_log2,
-    stride_dot: gl.constexpr, stride_gt: gl.constexpr, C: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr,
+    stride_gt: gl.constexpr, C: gl.constexpr, KEYS: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """dX = dS U by tile of `num_rows` rows, and with KEYS dY = P^T dO too, while `length` rows stream by in parts of C.
 
@@ -134,7 +116,6 @@ def _pass(
         else:
             _copy_in(u, u_at[0] + cursor[1], u_at[1], full.index(i), ring.index(i), cursor[0] < num_rows)
             cursor = _advance(cursor, R, length, window, R, T, WINDOW)
-    _deltas(out_base, do_base, delta_base, length if KEYS else num_rows, stride_dot, stride_gt, ring.shape[2])
     # Through a wait: registers of a product must be written before the first one is in flight.
     zero_RD = gl.full([R, ring.shape[2]], 0.0, gl.float32, G_LAYOUT)
     zero_RC = gl.full([R, C], 0.0, gl.float32, S_LAYOUT)
@@ -149,7 +130,7 @@ def _pass(
         if not KEYS:
             row_R = r + gl.arange(0, R, gl.SliceLayout(1, S_LAYOUT))
             lse_q = gl.load(lse_base + row_R * num_heads, mask=row_R < num_rows, other=0.0)
-            delta_q = gl.load(delta_base + row_R, mask=row_R < num_rows, other=0.0)
+            delta_q = gl.load(delta_base + row_R * num_heads, mask=row_R < num_rows, other=0.0)
         for t in range(lo, hi, T):
             is_last = t + T >= hi
             there = r + R < num_rows
@@ -160,7 +141,7 @@ def _pass(
                     real_C = column_C < length
                     # An infinite log-sum: a weight of 0.
                     lse_C = gl.load(lse_base + column_C * num_heads, mask=real_C, other=float("inf"))
-                    delta_C = gl.load(delta_base + column_C, mask=real_C, other=0.0)
+                    delta_C = gl.load(delta_base + column_C * num_heads, mask=real_C, other=0.0)
                     s_RC, dp_RC, dx_sum, dy_sum = hopper.warpgroup_mma_wait(0, deps=[s, dp, dx_sum, dy_sum])
                     lse_q = gl.convert_layout(lse_C, gl.SliceLayout(0, S_LAYOUT))
                     delta_q = gl.convert_layout(delta_C, gl.SliceLayout(0, S_LAYOUT))
@@ -207,16 +188,15 @@ def _pass(
 
 @gluon.jit(do_not_specialize=["window", "num_shared"])
 def _softmax_bwd_hopper_kernel(
-    q, k, v, do, dq, dk, dv, dq_pointer, dk_pointer, dv_pointer, out, do_pointer, lse, delta, offsets, num_heads,
-    num_shared, window, scale, scale_log2,
-    stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_dot: gl.constexpr,
-    stride_doh: gl.constexpr, stride_gt: gl.constexpr, stride_gh: gl.constexpr,
+    q, k, v, do, dq, dk, dv, dq_pointer, dk_pointer, dv_pointer, lse, delta, offsets, num_heads, num_shared, window,
+    scale, scale_log2,
+    stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
+    stride_gt: gl.constexpr, stride_gh: gl.constexpr,
     D: gl.constexpr, BLOCK: gl.constexpr, PART: gl.constexpr, SLOTS: gl.constexpr, SHARED: gl.constexpr,
     WINDOW: gl.constexpr,
 ):  # fmt: skip
     """The first seven are the copy engine's descriptors of tiles of BLOCK rows. Programs of even number make dQ, of odd
-    number dK and dV, with their scores in parts of PART columns. SLOTS, the streamed tiles on chip, is odd.
-    `delta` is scratch, two numbers a row of out and head."""
+    number dK and dV, with their scores in parts of PART columns. SLOTS, the streamed tiles on chip, is odd."""
     b, h = gl.program_id(0) // 2 // num_heads, gl.program_id(0) // 2 % num_heads
     kv_first = gl.load(offsets + b)
     length = gl.load(offsets + b + 1) - kv_first
@@ -234,19 +214,17 @@ def _softmax_bwd_hopper_kernel(
     q_at, do_at = (q_first, h * stride_qh), (first, h * stride_doh)
     k_at, v_at = (kv_first, h * stride_kh), (kv_first, h * stride_vh)
     first64, kv_first64 = first.to(gl.int64), kv_first.to(gl.int64)
-    out_base = out + first64 * stride_gt + h * stride_gh
-    do_base = do_pointer + first64 * stride_dot + h * stride_doh
     lse_base = lse + first64 * num_heads + h
-    delta_base = delta + 2 * (first64 * num_heads + h * num_q)
+    delta_base = delta + first64 * num_heads + h
     dq_base = dq_pointer + first64 * stride_gt + h * stride_gh
     dk_base = dk_pointer + kv_first64 * stride_gt + h * stride_gh
     dv_base = dv_pointer + kv_first64 * stride_gt + h * stride_gh
     if gl.program_id(0) % 2 == 1:
         if length > 0:
-            _pass(k, v, q, do, dk, dv, dk_base, dv_base, out_base, do_base, lse_base, delta_base + num_q, resident,
-                  ring, resident_full, full, k_at, v_at, q_at, do_at, (kv_first, h * stride_gh), length, num_q,
-                  num_heads, window, scale, scale_log2, stride_dot, stride_gt, PART, True, WINDOW)  # fmt: skip
+            _pass(k, v, q, do, dk, dv, dk_base, dv_base, lse_base, delta_base, resident, ring,
+                  resident_full, full, k_at, v_at, q_at, do_at, (kv_first, h * stride_gh), length, num_q,
+                  num_heads, window, scale, scale_log2, stride_gt, PART, True, WINDOW)  # fmt: skip
     elif num_q > 0:
-        _pass(q, do, k, v, dq, dq, dq_base, dq_base, out_base, do_base, lse_base, delta_base, resident,
-              ring, resident_full, full, q_at, do_at, k_at, v_at, (first, h * stride_gh), num_q, length,
-              num_heads, window, scale, scale_log2, stride_dot, stride_gt, BLOCK, False, WINDOW)  # fmt: skip
+        _pass(q, do, k, v, dq, dq, dq_base, dq_base, lse_base, delta_base, resident, ring,
+              resident_full, full, q_at, do_at, k_at, v_at, (first, h * stride_gh), num_q, length,
+              num_heads, window, scale, scale_log2, stride_gt, BLOCK, False, WINDOW)  # fmt: skip

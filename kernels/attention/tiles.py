@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-SHORT = 64  # mean keys of an example up to which seeds of narrow heads take tiles of their own
+SHORT = 64  # mean keys of an example up to which some rules differ
 
 
 @dataclass(frozen=True, slots=True, eq=False)

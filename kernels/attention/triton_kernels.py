@@ -208,6 +208,21 @@ def _softmax_bwd_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def _softmax_delta_kernel(
+    out, do, delta, num_rows, num_heads, stride_dot: tl.constexpr, stride_doh: tl.constexpr, D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dO * O), of rows of one head each; out is contiguous, D a power of two."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, D)
+    real = row < num_rows.to(tl.int64) * num_heads
+    of_row = row // num_heads * stride_dot + row % num_heads * stride_doh
+    o_RD = tl.load(out + (row[:, None] * D + d[None, :]), mask=real[:, None], other=0.0)
+    do_RD = tl.load(do + (of_row[:, None] + d[None, :]), mask=real[:, None], other=0.0)
+    tl.store(delta + row, tl.sum(o_RD.to(tl.float32) * do_RD.to(tl.float32), 1), mask=real)
+
+
 @triton.jit(do_not_specialize=["num_shared"])
 def _softmax_bwd_seeds_kernel(
     q, k, v, out, do, lse, dq, dk, dv, offsets, num_heads, num_shared, scale, scale_log2,

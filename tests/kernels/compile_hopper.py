@@ -70,7 +70,7 @@ def compile_softmax(width: int, seeds: int | None, window: int | None) -> dict[s
         constants = {**flags, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "SLOTS": tiles.slots}
         described = {"q": query, "out": query, "k": key, "v": key}
         ptx["forward"] = build(_softmax_fwd_hopper_kernel, described, constants, tiles)
-    tiles = backward_tiles(torch.bfloat16, width, 4096, seeds, window)
+    tiles = backward_tiles(torch.bfloat16, width, 4096, False, seeds, window)
     if tiles is not None:
         constants = {**flags, "BLOCK": tiles.block_m, "PART": tiles.block_n, "SLOTS": tiles.slots}
         described = dict.fromkeys(("q", "k", "v", "do", "dq", "dk", "dv"), descriptor(tiles.block_m, width))
@@ -83,7 +83,7 @@ def build(kernel: Any, described: dict[str, str], constants: dict[str, Any], til
     names = kernel.arg_names
     width = constants["D"]
     constants |= {n: 4 * width if n.endswith("t") else width for n in names if n.startswith("stride_")}
-    types = dict.fromkeys(("out_pointer", "do_pointer", "dq_pointer", "dk_pointer", "dv_pointer", "out"), "*bf16")
+    types = dict.fromkeys(("out_pointer", "dq_pointer", "dk_pointer", "dv_pointer"), "*bf16")
     types |= dict.fromkeys(("inner", "outer", "scale", "scale_log2"), "fp32")
     types |= dict.fromkeys(("q_offsets", "kv_offsets", "offsets"), "*i32") | dict.fromkeys(("lse", "delta"), "*fp32")
     types |= described | dict.fromkeys(constants, "constexpr")
