@@ -1,5 +1,6 @@
-"""What GDPA's and softmax attention's forward kernels on Hopper share, in Gluon: a warp that has tiles copied, groups of
-four warps that compute, and how they tell each other.
+"""What GDPA's and softmax attention's forward kernels on Hopper share, in Gluon.
+
+One warp has tiles copied, groups of four warps compute.
 
 Shape letters: H heads, D head width, N rows of a key tile. An item is an example and a head, or one of `num_parts` that
 share out its query tiles. These are taken one after another, GROUPS x 64 rows, 64 to a group; for each, all key tiles
@@ -161,7 +162,9 @@ def store_tile(x_MD, out, out_pointer, staged, h, first, m, num_q, stride_t: gl.
         row_M = m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
         d_D = gl.arange(0, staged.shape[1], gl.SliceLayout(0, LAYOUT))
         rows = out_pointer + first.to(gl.int64) * stride_t + h * stride_h
-        gl.store(rows + (row_M[:, None] * stride_t + d_D[None, :]), x_MD.to(staged.dtype), mask=(row_M < num_q)[:, None])
+        gl.store(
+            rows + (row_M[:, None] * stride_t + d_D[None, :]), x_MD.to(staged.dtype), mask=(row_M < num_q)[:, None]
+        )
 
 
 @gluon.jit

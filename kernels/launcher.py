@@ -22,19 +22,48 @@ _AFTER_FUNCTION = (  # in Triton 3.6 and 3.7, which mean the same
     ("args",),
     ("kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook", "args"),
 )
-_direct: dict[tuple[Any, ...], _Compiled | None] = {}
+_bound: dict[tuple[Any, ...], Bound] = {}
 
 
 class _Compiled:
     """A compiled kernel: `run` launches it, given the grid, the stream, and `head` and `tail` around the arguments."""
 
-    __slots__ = ("head", "kernel", "run", "tail")
+    __slots__ = ("head", "run", "tail")
 
     def __init__(self, kernel: Any, compiled: Any, num_args: int) -> None:
-        self.kernel = kernel  # its id is part of the key, so it has to live
         self.run: Callable[..., None] = compiled.run
         self.head = (compiled.function, compiled.packed_metadata, None, None, None)
         self.tail = (None,) * (len(kernel.arg_names) - num_args)  # constants, which the machine code has in it
+
+
+class Bound:
+    """A kernel with its constants: a call launches it. For launches that come again, made once and kept."""
+
+    __slots__ = ("_by_kind", "_compiles", "_constants", "_kernel")
+
+    def __init__(self, kernel: Any, **constants: Any) -> None:
+        """See `launch`."""
+        self._kernel = kernel
+        self._constants = constants
+        self._compiles = isinstance(kernel, triton.JITFunction)  # else Triton's interpreter
+        self._by_kind: dict[tuple[Any, ...], _Compiled | None] = {}
+
+    def __call__(self, grid: tuple[int, ...], *args: Any) -> None:
+        """See `launch`."""
+        if not self._compiles:
+            self._kernel[grid](*args, **self._constants)
+            return
+        device = torch.cuda.current_device()
+        values, kinds = _specialize(args, device)
+        key = (device, *kinds)
+        found = self._by_kind.get(key)
+        if found is None or _hooked():
+            compiled = self._kernel[grid](*args, **self._constants)
+            if key not in self._by_kind:
+                self._by_kind[key] = _keep(self._kernel, compiled, len(args), self._constants)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        found.run(grid[0], grid[1] if len(grid) > 1 else 1, 1, stream, *found.head, *values, *found.tail)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -48,20 +77,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
     Raises ValueError for a tensor that is not on the current device.
     """
-    if not isinstance(kernel, triton.JITFunction):  # Triton's interpreter
-        kernel[grid](*args, **constants)
-        return
-    device = torch.cuda.current_device()
-    values, kinds = _specialize(args, device)
-    key = (id(kernel), device, *kinds, *constants, *constants.values())
-    found = _direct.get(key)
-    if found is None or _hooked():
-        compiled = kernel[grid](*args, **constants)
-        if key not in _direct:
-            _direct[key] = _keep(kernel, compiled, len(args), constants)
-        return
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    found.run(grid[0], grid[1] if len(grid) > 1 else 1, 1, stream, *found.head, *values, *found.tail)
+    key = (id(kernel), *constants, *constants.values())
+    bound = _bound.get(key)
+    if bound is None:
+        bound = _bound[key] = Bound(kernel, **constants)
+    bound(grid, *args)
 
 
 def descriptor(kind: type, x: Tensor, view: tuple[list[int], list[int]], block: list[int], *layout: Any) -> Any:
@@ -91,20 +111,20 @@ def _specialize(args: Sequence[Any], device: int) -> tuple[list[Any], list[Any]]
     kinds: list[Any] = []
     pointers = 0
     for x in args:
-        if isinstance(x, int):
-            values.append(x)
-            low = x % _ALIGNMENT == 0
-            kinds.append((2 if x == 1 else low) if -(2**31) <= x < 2**31 else (low,))
-        elif isinstance(x, float):
-            values.append(x)
-            kinds.append(float)
-        elif isinstance(x, Tensor):
+        if isinstance(x, Tensor):
             if x.get_device() != device:
                 raise ValueError(f"a kernel on the current device {device} got a tensor on {x.device}")
             pointer = x.data_ptr()
             values.append(pointer)
             kinds.append(x.dtype)
             pointers |= pointer
+        elif isinstance(x, int):
+            values.append(x)
+            low = x % _ALIGNMENT == 0
+            kinds.append((2 if x == 1 else low) if -(2**31) <= x < 2**31 else (low,))
+        elif isinstance(x, float):
+            values.append(x)
+            kinds.append(float)
         else:
             values.append(x)
             kinds.append((x.base.dtype, *x.block_shape, getattr(x, "layout", None)))

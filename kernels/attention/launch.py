@@ -4,58 +4,24 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.attention import triton_kernels
+from kernels.attention.hopper import TINY, backward_on_hopper, backward_tiles, forward_on_hopper, forward_tiles
+from kernels.attention.tiles import SHORT, Plan, Tiles, plan_for
+from kernels.hopper import is_hopper
 from kernels.jagged import accumulator
-from kernels.launcher import launch, needs_gradient
+from kernels.launcher import Bound, needs_gradient
 
 _MAX_SPLITS = 65_535  # of a CUDA grid's second axis
 _REMEMBERED = 1024  # classes of shapes
 _LONG = 4096  # mean rows of an example above which one program alone takes too long
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tiles:
-    """Rows of a query tile and of a key tile, warps of a program, depth of the load pipeline."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Tiles of the kernels."""
-
-    forward: Tiles
-    backward_q: Tiles
-    backward_kv: Tiles
-    backward_seeds: Tiles
-    """Where all shared queries fit one tile: one pass instead of the two before."""
-
-
-# By (wide heads, D > 64; window), the fastest measured on an H100.
-_SMALL = Tiles(32, 32, 4, 1)
-_EXACT = Plan(_SMALL, _SMALL, _SMALL, _SMALL)
-_PLANS: dict[tuple[bool, bool], Plan] = {
-    (True, True): Plan(Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
-    (False, True): Plan(Tiles(128, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
-    (True, False): Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)),
-    (False, False): Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)),
-}
-
-
-def plan_for(dtype: torch.dtype, width: int, window: int | None) -> Plan:
-    """By the shape's class. Float32, float64 and D > 128 take small tiles."""
-    return (
-        _PLANS[width > 64, window is not None] if dtype in (torch.bfloat16, torch.float16) and width <= 128 else _EXACT
-    )
+_LOG2_E = math.log2(math.e)
+_BACKWARD = ("q", "k", "v", "do", "g")  # tensors whose strides the backward kernels take
 
 
 def window_attention_triton(
@@ -94,18 +60,22 @@ def forward(
     """Output and base-2 log-sums, rows (B N) where queries are shared. `tiles` overrides the rule: for measurements."""
     q, k, v = _plain(q), _plain(k), _plain(v)
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
-    rows = num_examples * q.shape[0] if shared else q.shape[0]
-    out = torch.empty((rows, *q.shape[1:]), dtype=q.dtype, device=q.device)
-    lse = torch.empty((rows, num_heads), dtype=accumulator(q.dtype), device=q.device)
+    out = q.new_empty((num_examples * q.shape[0], *q.shape[1:])) if shared else _like(q)
+    lse = torch.empty(out.shape[:2], dtype=accumulator(q.dtype), device=q.device)
     if num_examples == 0:
         return out, lse
-    tiles = tiles or plan_for(q.dtype, q.shape[2], window).forward
-    splits = _splits(rows, num_examples, tiles.block_m, even=shared)
-    launch(
-        triton_kernels._softmax_fwd_kernel, (num_examples * num_heads, splits),
-        q, k, v, out, lse, offsets, offsets, num_heads, q.shape[0], window or 0, scale * math.log2(math.e),
-        SHARED=shared, WINDOW=window is not None, **_strides(q=q, k=k, v=v, o=out), **_options(q, tiles),
-    )  # fmt: skip
+    scale_log2 = scale * _LOG2_E
+    if tiles is None and is_hopper(q.device):
+        tiny = k.shape[0] < TINY * num_examples
+        on_hopper = forward_tiles(q.dtype, q.shape[2], tiny, q.shape[0] if shared else None, window)
+        if on_hopper and forward_on_hopper((q, k, v, out), lse, offsets, shared, window, scale_log2, on_hopper):
+            return out, lse
+    tiles = tiles or _plan(q, k, num_examples, window).forward
+    splits = _splits(out.shape[0], num_examples, tiles.block_m, even=shared)
+    run = _bound("_softmax_fwd_kernel", q.dtype, q.shape[2], tiles, (shared, window is not None), ("q", "k", "v", "o"),
+                 q.stride(), k.stride(), v.stride(), out.stride())  # fmt: skip
+    run((num_examples * num_heads, splits), q, k, v, out, lse, offsets, offsets, num_heads, q.shape[0], window or 0,
+        scale_log2)  # fmt: skip
     return out, lse
 
 
@@ -115,50 +85,54 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ, dK, dV. `plan` overrides the rule: for measurements."""
     q, k, v, grad = _plain(q), _plain(k), _plain(v), _plain(grad)
-    dq, dk, dv = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (out, k, v)]
+    dq, dk, dv = _like(out), _like(k), _like(v)
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
     if num_examples == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
-    plan = plan or plan_for(q.dtype, q.shape[2], window)
-    scales = (scale, scale * math.log2(math.e))
-    strides = _strides(q=q, k=k, v=v, do=grad, g=out)
+    on_hopper = None
+    if plan is None and is_hopper(q.device):
+        short, seeds = k.shape[0] <= SHORT * num_examples, q.shape[0] if shared else None
+        on_hopper = backward_tiles(q.dtype, q.shape[2], num_examples * num_heads, short, seeds, window)
+    plan = plan or _plan(q, k, num_examples, window)
+    scales = (scale, scale * _LOG2_E)
     tiles = plan.backward_seeds
     if shared and q.shape[0] <= tiles.block_m and k.shape[0] <= _LONG * num_examples:
-        launch(
-            triton_kernels._softmax_bwd_seeds_kernel, (num_examples * num_heads,),
-            q, k, v, out, grad, lse, dq, dk, dv, offsets, num_heads, q.shape[0], *scales,
-            **strides, **_options(q, tiles),
-        )  # fmt: skip
+        run = _bound("_softmax_bwd_seeds_kernel", q.dtype, q.shape[2], tiles, (), _BACKWARD,
+                     q.stride(), k.stride(), v.stride(), grad.stride(), out.stride())  # fmt: skip
+        run((num_examples * num_heads,), q, k, v, out, grad, lse, dq, dk, dv, offsets, num_heads, q.shape[0], *scales)
     else:
         tensors = (q, k, v, out, grad, lse, dq, dk, dv, offsets)
-        _backward_in_two(tensors, shared, window, scales, strides, plan)
+        if not (on_hopper and backward_on_hopper(tensors, shared, window, scales, on_hopper)):
+            _backward_in_passes(tensors, shared, window, scales, plan)
     if shared:
         dq = dq.view(num_examples, *q.shape).sum(0)  # added in float32 at least
     return dq, dk, dv
 
 
-def _backward_in_two(
-    tensors: tuple[Tensor, ...], shared: bool, window: int | None, scales: tuple[float, float],
-    strides: dict[str, int], plan: Plan,
-) -> None:  # fmt: skip
-    """dQ by query tile, then dK and dV by key tile."""
+def _backward_in_passes(
+    tensors: tuple[Tensor, ...], shared: bool, window: int | None, scales: tuple[float, float], plan: Plan
+) -> None:
+    """dQ by query tile, dK and dV by key tile: one launch where both take the same tiles, else one after another."""
     q, k, v, out, grad, lse, dq, dk, dv, offsets = tensors
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
-    delta = torch.empty_like(lse)
-    flags = {"SHARED": shared, "WINDOW": window is not None}
-    sizes = (num_heads, q.shape[0], window or 0)
-    tiles = plan.backward_q
-    splits = _splits(out.shape[0], num_examples, tiles.block_m, even=shared)
-    launch(
-        triton_kernels._softmax_bwd_q_kernel, (num_examples * num_heads, splits),
-        q, k, v, out, grad, lse, delta, dq, offsets, offsets, *sizes, *scales, **strides, **_options(q, tiles), **flags,
-    )  # fmt: skip
-    tiles = plan.backward_kv
-    splits = _splits(k.shape[0], num_examples, tiles.block_n, even=False)
-    launch(
-        triton_kernels._softmax_bwd_kv_kernel, (num_examples * num_heads, splits),
-        q, k, v, grad, lse, delta, dk, dv, offsets, offsets, *sizes, *scales, **strides, **_options(q, tiles), **flags,
-    )  # fmt: skip
+    strides = q.stride(), k.stride(), v.stride(), grad.stride(), out.stride()
+    scalars = (num_heads, q.shape[0], window or 0, *scales)
+    together = plan.backward_q is plan.backward_kv
+    kinds = [("all", plan.backward_q)] if together else [("dq", plan.backward_q), ("dkv", plan.backward_kv)]
+    delta = lse if together else torch.empty_like(lse)  # together: a pointer that is not used
+    for name, tiles in kinds:
+        programs = num_examples * num_heads * (2 if together else 1)
+        splits = max(
+            _splits(out.shape[0], num_examples, tiles.block_m, even=shared) if name != "dkv" else 1,
+            _splits(k.shape[0], num_examples, tiles.block_n, even=False) if name != "dq" else 1,
+        )
+        flags = shared, window is not None, name
+        run = _bound("_softmax_bwd_kernel", q.dtype, q.shape[2], tiles, flags, _BACKWARD, *strides)
+        run((programs, splits), q, k, v, out, grad, lse, delta, dq, dk, dv, offsets, offsets, *scalars)
+
+
+def _plan(q: Tensor, k: Tensor, num_examples: int, window: int | None) -> Plan:
+    return plan_for(q.dtype, q.shape[2], window is not None, k.shape[0] <= SHORT * num_examples)
 
 
 def _splits(rows: int, num_examples: int, block: int, *, even: bool) -> int:
@@ -167,13 +141,19 @@ def _splits(rows: int, num_examples: int, block: int, *, even: bool) -> int:
     return max(1, min(tiles if even else 2 * tiles, _MAX_SPLITS))
 
 
-def _options(q: Tensor, tiles: Tiles) -> dict[str, Any]:
-    return _options_of(q.dtype, q.shape[-1], tiles)
-
-
 @functools.lru_cache(_REMEMBERED)
-def _options_of(dtype: torch.dtype, width: int, tiles: Tiles) -> dict[str, Any]:
-    return {
+def _bound(
+    kernel: str, dtype: torch.dtype, width: int, tiles: Tiles, flags: tuple[Any, ...], names: Sequence[str],
+    *strides: tuple[int, ...],
+) -> Bound:  # fmt: skip
+    """The kernel for such tensors: strides by row and head are constants of it; `flags`: SHARED, WINDOW and OUTPUTS."""
+    constants: dict[str, Any] = {
+        f"stride_{name}{axis}": of_tensor[i]
+        for name, of_tensor in zip(names, strides, strict=True)
+        for i, axis in enumerate("th")
+    }
+    constants |= zip(("SHARED", "WINDOW", "OUTPUTS"), flags, strict=False)
+    constants |= {
         "D": width,
         "BLOCK_D": max(16, 1 << (width - 1).bit_length()),
         "BLOCK_M": tiles.block_m,
@@ -182,18 +162,12 @@ def _options_of(dtype: torch.dtype, width: int, tiles: Tiles) -> dict[str, Any]:
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
+    return Bound(getattr(triton_kernels, kernel), **constants)
 
 
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    """By row and by head: constants of a compiled kernel."""
-    return _named_strides(*tensors, *[x.stride() for x in tensors.values()])
-
-
-@functools.lru_cache(_REMEMBERED)
-def _named_strides(*names_and_strides: Any) -> dict[str, int]:
-    half = len(names_and_strides) // 2
-    pairs = zip(names_and_strides[:half], names_and_strides[half:], strict=True)
-    return {f"stride_{name}{axis}": strides[i] for name, strides in pairs for i, axis in enumerate("th")}
+def _like(x: Tensor) -> Tensor:
+    """Uninitialized and contiguous; half the time of `torch.empty` with a shape, type and device."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -87,36 +87,24 @@ def _softmax_fwd_kernel(
         tl.store(lse + (out_first + row_M) * num_heads + h, lse_M, mask=row_M < num_q)
 
 
-@triton.jit(do_not_specialize=["window", "num_shared"])
-def _softmax_bwd_q_kernel(
-    q, k, v, out, do, lse, delta, dq, q_offsets, kv_offsets, num_heads, num_shared, window, scale, scale_log2,
-    stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
-    stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
-    stride_gt: tl.constexpr, stride_gh: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SHARED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _query_pass(
+    q_base, k_base, v_base, out_base, do_base, lse_base, delta_base, dq_base, num_q, length, num_heads, window,
+    scale, scale_log2,
+    stride_qt: tl.constexpr, stride_kt: tl.constexpr, stride_vt: tl.constexpr, stride_dot: tl.constexpr,
+    stride_gt: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEEP: tl.constexpr, WINDOW: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one query tile, and delta = rowsum(dO * O) for the kernel of dK and dV, which runs after this one."""
-    pid = tl.program_id(0).to(tl.int64)
-    b, h = pid // num_heads, pid % num_heads
-    q_first, out_first, num_q = _query_rows(q_offsets, b, num_shared, SHARED)
-    kv_first, length = example_rows(kv_offsets, b, 0, True)
-    q_base = q + q_first * stride_qt + h * stride_qh
-    k_base = k + kv_first * stride_kt + h * stride_kh
-    v_base = v + kv_first * stride_vt + h * stride_vh
-    do_base = do + out_first * stride_dot + h * stride_doh
-    out_base = out + out_first * stride_gt + h * stride_gh
-    dq_base = dq + out_first * stride_gt + h * stride_gh
-    ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
+    """dQ of one query tile after another while the keys stream by; KEEP: store delta = rowsum(dO * O)."""
     for m in range(tl.program_id(1) * BLOCK_M, num_q, tl.num_programs(1) * BLOCK_M):
         row_M = m + tl.arange(0, BLOCK_M)
-        at_M = (out_first + row_M) * num_heads + h
         q_MD = load_rows(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
         do_MD = load_rows(do_base, m, num_q, stride_dot, BLOCK_M, D, BLOCK_D)
         o_MD = load_rows(out_base, m, num_q, stride_gt, BLOCK_M, D, BLOCK_D)
         delta_M = tl.sum(o_MD.to(ACC) * do_MD.to(ACC), 1)
-        tl.store(delta + at_M, delta_M, mask=row_M < num_q)
-        lse_M = tl.load(lse + at_M, mask=row_M < num_q, other=0.0)
+        if KEEP:
+            tl.store(delta_base + row_M * num_heads, delta_M, mask=row_M < num_q)
+        lse_M = tl.load(lse_base + row_M * num_heads, mask=row_M < num_q, other=0.0)
         lo, hi = 0, length
         if WINDOW:
             lo = tl.maximum(m - window, 0) // BLOCK_N * BLOCK_N
@@ -135,26 +123,15 @@ def _softmax_bwd_q_kernel(
         store_rows(dq_base, dq_MD * scale, m, num_q, stride_gt, BLOCK_M, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["window", "num_shared"])
-def _softmax_bwd_kv_kernel(
-    q, k, v, do, lse, delta, dk, dv, q_offsets, kv_offsets, num_heads, num_shared, window, scale, scale_log2,
-    stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
-    stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
-    stride_gt: tl.constexpr, stride_gh: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SHARED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _key_pass(
+    q_base, k_base, v_base, out_base, do_base, lse_base, delta_base, dk_base, dv_base, num_q, length, num_heads, window,
+    scale, scale_log2,
+    stride_qt: tl.constexpr, stride_kt: tl.constexpr, stride_vt: tl.constexpr, stride_dot: tl.constexpr,
+    stride_gt: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEPT: tl.constexpr, WINDOW: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one key tile while the queries stream by."""
-    pid = tl.program_id(0).to(tl.int64)
-    b, h = pid // num_heads, pid % num_heads
-    q_first, out_first, num_q = _query_rows(q_offsets, b, num_shared, SHARED)
-    kv_first, length = example_rows(kv_offsets, b, 0, True)
-    q_base = q + q_first * stride_qt + h * stride_qh
-    k_base = k + kv_first * stride_kt + h * stride_kh
-    v_base = v + kv_first * stride_vt + h * stride_vh
-    do_base = do + out_first * stride_dot + h * stride_doh
-    part = kv_first * stride_gt + h * stride_gh
-    ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
+    """dK and dV of one key tile after another while the queries stream by; KEPT: delta is there already."""
     for n in range(tl.program_id(1) * BLOCK_N, length, tl.num_programs(1) * BLOCK_N):
         k_ND = load_rows(k_base, n, length, stride_kt, BLOCK_N, D, BLOCK_D)
         v_ND = load_rows(v_base, n, length, stride_vt, BLOCK_N, D, BLOCK_D)
@@ -167,11 +144,14 @@ def _softmax_bwd_kv_kernel(
             hi = tl.minimum(n + BLOCK_N + window, num_q)
         for m in range(lo, hi, BLOCK_M):
             row_M = m + tl.arange(0, BLOCK_M)
-            at_M = (out_first + row_M) * num_heads + h
             q_MD = load_rows(q_base, m, num_q, stride_qt, BLOCK_M, D, BLOCK_D)
             do_MD = load_rows(do_base, m, num_q, stride_dot, BLOCK_M, D, BLOCK_D)
-            lse_M = tl.load(lse + at_M, mask=row_M < num_q, other=0.0)
-            delta_M = tl.load(delta + at_M, mask=row_M < num_q, other=0.0)
+            lse_M = tl.load(lse_base + row_M * num_heads, mask=row_M < num_q, other=0.0)
+            if KEPT:
+                delta_M = tl.load(delta_base + row_M * num_heads, mask=row_M < num_q, other=0.0)
+            else:
+                o_MD = load_rows(out_base, m, num_q, stride_gt, BLOCK_M, D, BLOCK_D)
+                delta_M = tl.sum(o_MD.to(ACC) * do_MD.to(ACC), 1)
             # Queries as rows: a thread then holds two of their numbers, not sixteen.
             s_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
             dp_MN = tl.dot(do_MD, tl.trans(v_ND), input_precision=PRECISION)
@@ -182,8 +162,65 @@ def _softmax_bwd_kv_kernel(
             ds_MN = p_MN * (dp_MN - delta_M[:, None])
             dv_ND = tl.dot(tl.trans(p_MN.to(do_MD.dtype)), do_MD, dv_ND, input_precision=PRECISION)
             dk_ND = tl.dot(tl.trans(ds_MN.to(q_MD.dtype)), q_MD, dk_ND, input_precision=PRECISION)
-        store_rows(dk + part, dk_ND * scale, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
-        store_rows(dv + part, dv_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
+        store_rows(dk_base, dk_ND * scale, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
+        store_rows(dv_base, dv_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["window", "num_shared"])
+def _softmax_bwd_kernel(
+    q, k, v, out, do, lse, delta, dq, dk, dv, q_offsets, kv_offsets, num_heads, num_shared, window, scale, scale_log2,
+    stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
+    stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_dot: tl.constexpr, stride_doh: tl.constexpr,
+    stride_gt: tl.constexpr, stride_gh: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    OUTPUTS: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ by query tile (OUTPUTS "dq", which also fills delta), then dK and dV by key tile ("dkv"); or "all" in one
+    launch, a program each, without delta: the second then computes it anew for every key tile."""
+    pid = tl.program_id(0).to(tl.int64)
+    is_key_pass = OUTPUTS == "dkv"
+    if OUTPUTS == "all":
+        is_key_pass = pid % 2 == 1
+        pid = pid // 2
+    b, h = pid // num_heads, pid % num_heads
+    q_first, out_first, num_q = _query_rows(q_offsets, b, num_shared, SHARED)
+    kv_first, length = example_rows(kv_offsets, b, 0, True)
+    q_base = q + q_first * stride_qt + h * stride_qh
+    k_base = k + kv_first * stride_kt + h * stride_kh
+    v_base = v + kv_first * stride_vt + h * stride_vh
+    do_base = do + out_first * stride_dot + h * stride_doh
+    query_part = out_first * stride_gt + h * stride_gh
+    key_part = kv_first * stride_gt + h * stride_gh
+    lse_base = lse + out_first * num_heads + h
+    delta_base = delta + out_first * num_heads + h
+    ACC: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
+    if is_key_pass:
+        _key_pass(
+            q_base, k_base, v_base, out + query_part, do_base, lse_base, delta_base, dk + key_part, dv + key_part,
+            num_q, length, num_heads, window, scale, scale_log2, stride_qt, stride_kt, stride_vt, stride_dot, stride_gt,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, OUTPUTS == "dkv", WINDOW, ACC, PRECISION,
+        )  # fmt: skip
+    else:
+        _query_pass(
+            q_base, k_base, v_base, out + query_part, do_base, lse_base, delta_base, dq + query_part,
+            num_q, length, num_heads, window, scale, scale_log2, stride_qt, stride_kt, stride_vt, stride_dot, stride_gt,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, OUTPUTS == "dq", WINDOW, ACC, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _softmax_delta_kernel(
+    out, do, delta, num_rows, num_heads, stride_dot: tl.constexpr, stride_doh: tl.constexpr, D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dO * O), of rows of one head each; out is contiguous, D a power of two."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, D)
+    real = row < num_rows.to(tl.int64) * num_heads
+    of_row = row // num_heads * stride_dot + row % num_heads * stride_doh
+    o_RD = tl.load(out + (row[:, None] * D + d[None, :]), mask=real[:, None], other=0.0)
+    do_RD = tl.load(do + (of_row[:, None] + d[None, :]), mask=real[:, None], other=0.0)
+    tl.store(delta + row, tl.sum(o_RD.to(tl.float32) * do_RD.to(tl.float32), 1), mask=real)
 
 
 @triton.jit(do_not_specialize=["num_shared"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gdpa import triton_kernels
-from kernels.gdpa.hopper import engine_view, forward_on_hopper, hopper_tiles, is_hopper
+from kernels.gdpa.hopper import forward_on_hopper, hopper_tiles
 from kernels.gdpa.tiles import (
     MAX_ROUNDED_SUMS,
     Problem,
@@ -23,6 +23,7 @@ from kernels.gdpa.tiles import (
     forward_tiles,
     mean_tile_rows,
 )
+from kernels.hopper import engine_view, is_hopper
 from kernels.jagged import accumulator
 from kernels.launcher import descriptor, launch, needs_gradient
 

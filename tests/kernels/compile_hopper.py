@@ -16,9 +16,13 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from kernels.attention.hopper import backward_tiles, forward_tiles
+from kernels.attention.hopper_backward import _softmax_bwd_hopper_kernel
+from kernels.attention.hopper_forward import _softmax_fwd_hopper_kernel
 from kernels.gdpa.hopper import hopper_tiles
 from kernels.gdpa.hopper_forward import _gdpa_fwd_hopper_kernel
 from kernels.gdpa.tiles import Problem
+from kernels.hopper import ROWS, HopperTiles
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ASSEMBLERS = ("ptxas", "ptxas-blackwell")  # the second is newer; which one a Hopper gets depends on Triton's version
@@ -29,6 +33,14 @@ CASES = [  # width, dense keys, window, activation
     (128, 100, None, "leaky_relu"),
     (128, 256, None, "gelu_tanh"),
     (128, None, 64, "identity"),
+]
+SOFTMAX_CASES = [  # width, seeds, window
+    (64, None, 100),
+    (64, None, None),
+    (64, 256, None),
+    (128, None, 64),
+    (128, None, None),
+    (128, 256, None),
 ]
 
 
@@ -42,17 +54,52 @@ def compile_forward(width: int, keys: int | None, window: int | None, activation
     problem = Problem(torch.bfloat16, 512, 4, width, 100_000, keys, window)
     tiles = hopper_tiles(problem)
     assert tiles is not None
-    constants: dict[str, Any] = {
-        "D": width, "BLOCK_N": tiles.block_n, "SLOTS": tiles.slots, "GROUPS": tiles.groups,
-        "REGISTERS": tiles.registers, "JAGGED": keys is None, "WINDOW": window is not None,
-        "ACTIVATION": activation, "APPROX": True,
-        "stride_ot": 4 * width, **dict.fromkeys(("stride_qh", "stride_kh", "stride_vh", "stride_oh"), width),
+    constants = {
+        **ring(width, tiles), "JAGGED": keys is None, "WINDOW": window is not None, "ACTIVATION": activation,
+        "APPROX": True,
     }  # fmt: skip
-    query, key = descriptor(64, width), descriptor(tiles.block_n, width)
-    types = {"q": query, "out": query, "k": key, "v": key, "out_pointer": "*bf16", "inner": "fp32", "outer": "fp32"}
-    types |= dict.fromkeys(("q_offsets", "kv_offsets", "counter"), "*i32") | dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "i32") for name in _gdpa_fwd_hopper_kernel.arg_names}
-    source = GluonASTSource(fn=_gdpa_fwd_hopper_kernel, signature=signature, constexprs=constants)
+    query, key = descriptor(ROWS, width), descriptor(tiles.block_n, width)
+    return build(_gdpa_fwd_hopper_kernel, {"q": query, "out": query, "k": key, "v": key}, constants)
+
+
+def ring(width: int, tiles: HopperTiles) -> dict[str, Any]:
+    """Constants of kernels that stream keys and values through a ring."""
+    return {
+        "D": width, "BLOCK_N": tiles.block_n, "SLOTS": tiles.slots, "GROUPS": tiles.groups,
+        "REGISTERS": tiles.registers,
+    }  # fmt: skip
+
+
+def compile_softmax(width: int, seeds: int | None, window: int | None) -> dict[str, str]:
+    """PTX of the kernels that `kernels.attention.hopper` launches for such a problem."""
+    ptx = {}
+    flags = {"D": width, "SHARED": seeds is not None, "WINDOW": window is not None}
+    tiles = forward_tiles(torch.bfloat16, width, False, seeds, window)
+    if tiles is not None:
+        query, key = descriptor(ROWS, width), descriptor(tiles.block_n, width)
+        described = {"q": query, "out": query, "k": key, "v": key}
+        ptx["forward"] = build(_softmax_fwd_hopper_kernel, described, {**flags, **ring(width, tiles)})
+    backward = backward_tiles(torch.bfloat16, width, 4096, False, seeds, window)
+    if backward is not None:
+        constants = {**flags, "BLOCK": backward.block, "PART": backward.part, "SLOTS": backward.slots}
+        described = dict.fromkeys(("q", "k", "v", "do", "dq", "dk", "dv"), descriptor(backward.block, width))
+        ptx["backward"] = build(_softmax_bwd_hopper_kernel, described, constants)
+    return ptx
+
+
+def build(kernel: Any, described: dict[str, str], constants: dict[str, Any]) -> str:
+    """PTX; other arguments are what their names say, strides those of four heads."""
+    names = kernel.arg_names
+    width = constants["D"]
+    constants |= {n: 4 * width if n.endswith("t") else width for n in names if n.startswith("stride_")}
+    types = dict.fromkeys(("out_pointer", "dq_pointer", "dk_pointer", "dv_pointer"), "*bf16")
+    types |= dict.fromkeys(("inner", "outer", "scale", "scale_log2"), "fp32")
+    types |= dict.fromkeys(("q_offsets", "kv_offsets", "offsets", "counter"), "*i32") | dict.fromkeys(
+        ("lse", "delta"), "*fp32"
+    )
+    types |= described | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in names}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     return str(compiled.asm["ptx"])
 
@@ -74,3 +121,7 @@ if __name__ == "__main__":
     for case in CASES:
         print("case", *case)
         print(assemble(compile_forward(*case)), flush=True)
+    for softmax_case in SOFTMAX_CASES:
+        for name, ptx in compile_softmax(*softmax_case).items():
+            print("case softmax", name, *softmax_case)
+            print(assemble(ptx), flush=True)

@@ -62,7 +62,7 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "JITFunction", Kernel)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
-    monkeypatch.setattr(launcher, "_direct", {})
+    monkeypatch.setattr(launcher, "_bound", {})
 
 
 def test_the_second_launch_calls_the_compiled_kernel_with_what_it_was_given() -> None:
