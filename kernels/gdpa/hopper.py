@@ -1,4 +1,4 @@
-"""Launch of GDPA's forward on Hopper (`kernels/gdpa/hopper_forward.py`): where it runs, and its tiles."""
+"""Launches of GDPA's Gluon kernels on Hopper (`kernels/gdpa/hopper_*.py`): where they run, and their tiles."""
 
 from __future__ import annotations
 
@@ -35,6 +35,36 @@ _FORWARD: dict[tuple[str, bool], HopperTiles] = {
     ("window", False): HopperTiles(64, 64, 7, 4),
     ("window", True): HopperTiles(64, 64, 5, 4),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class HopperRings:
+    """Backward: query tiles on chip, places where the groups exchange dS, key tiles on chip (all in the kernel's terms)."""
+
+    slots: int
+    swaps: int
+    places: int
+
+
+# Likewise, where one program an example and head fills the card.
+_BACKWARD: dict[tuple[str, bool], HopperRings] = {
+    ("128", False): HopperRings(3, 2, 2),
+    ("256", False): HopperRings(2, 2, 2),
+    ("long", False): HopperRings(2, 2, 2),
+    ("128", True): HopperRings(2, 2, 1),
+    ("256", True): HopperRings(2, 2, 1),
+    ("long", True): HopperRings(2, 2, 1),
+}
+_PART = 128  # keys
+_DISPATCHED_LATER = 16  # items, as in the kernel
+
+
+@functools.lru_cache(1024)
+def hopper_rings(problem: Problem) -> HopperRings | None:
+    """None: Triton's backward is faster, or the Gluon kernel cannot take the problem."""
+    if not (problem.low_precision and problem.width in (64, 128) and problem.enough_examples):
+        return None
+    return _BACKWARD.get((problem.key_class, problem.width > 64))
 
 
 @functools.lru_cache(1024)
@@ -103,6 +133,56 @@ def forward_on_hopper(
         num_warps=tiles.num_warps,
     )  # fmt: skip
     return True
+
+
+def backward_on_hopper(
+    qkvg: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    q_offsets: Tensor,
+    kv_offsets: Tensor | None,
+    problem: Problem,
+    rings: HopperRings,
+    activation: str,
+    inner: float,
+    outer: float,
+    longest: int,
+) -> bool:
+    """Fill dQ, dK, dV, of one run of heads of one activation, of examples of at most `longest` keys; False, with nothing
+    done, where a tensor's layout forbids it."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
+    from kernels.launcher import descriptor, launch
+
+    described: list[Any] = []
+    half = problem.width // 2
+    for x, width in zip((*qkvg, *grads), (problem.width,) * 4 + (half,) + (problem.width,) * 2, strict=True):
+        view = engine_view(x)
+        if view is None:
+            return False
+        described.append(descriptor(TensorDescriptor, x, view, [64, width], _layout(64, width, problem.dtype)))
+    q, k, v, grad = qkvg
+    dq, _, _ = grads
+    num_heads = q.shape[1]
+    items = problem.num_examples * num_heads
+    parts = max(1, -(-(problem.dense_keys or 0) // _PART))
+    units = parts * (items + (parts - 1) * _DISPATCHED_LATER)
+    work = torch.zeros(1 if parts == 1 else 1 + 2 * parts * items, dtype=torch.int32, device=q.device)
+    launch(
+        _gdpa_bwd_hopper_kernel, (min(units, _multiprocessors(q.device)),),
+        *described, *grads, work, q_offsets, q_offsets if kv_offsets is None else kv_offsets,
+        units, items, num_heads, problem.dense_keys or 0, longest, inner, outer,
+        stride_qh=q.stride(-2), stride_kh=k.stride(-2), stride_vh=v.stride(-2), stride_doh=grad.stride(-2),
+        stride_gt=dq.stride(0), stride_gh=dq.stride(1),
+        D=problem.width, SLOTS=rings.slots, SWAPS=rings.swaps, PLACES=rings.places, PARTS=parts,
+        JAGGED=kv_offsets is not None, ACTIVATION=activation, APPROX=True, num_warps=4,
+    )  # fmt: skip
+    return True
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
