@@ -39,7 +39,7 @@ _FORWARD: dict[tuple[str, bool], HopperTiles] = {
 
 @dataclass(frozen=True, slots=True)
 class HopperRings:
-    """Backward: query tiles on chip, places where the groups exchange dS, key tiles on chip (all in the kernel's terms)."""
+    """Backward: query tiles on chip, places in which the groups exchange dS, key tiles on chip."""
 
     slots: int
     swaps: int
@@ -55,8 +55,7 @@ _BACKWARD: dict[tuple[str, bool], HopperRings] = {
     ("256", True): HopperRings(2, 2, 1),
     ("long", True): HopperRings(2, 2, 1),
 }
-_PART = 128  # keys
-_DISPATCHED_LATER = 16  # items, as in the kernel
+_KEY_TILE = 128
 
 
 @functools.lru_cache(1024)
@@ -82,6 +81,7 @@ def is_hopper(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
+        import kernels.gdpa.hopper_backward
         import kernels.gdpa.hopper_forward  # noqa: F401
     except (ImportError, AttributeError):  # experimental: a name of it may be gone in another version
         return False
@@ -147,7 +147,7 @@ def backward_on_hopper(
     outer: float,
     longest: int,
 ) -> bool:
-    """Fill dQ, dK, dV, of one run of heads of one activation, of examples of at most `longest` keys; False, with nothing
+    """Fill dQ, dK, dV of examples of at most `longest` keys, of one run of heads of one activation; False, with nothing
     done, where a tensor's layout forbids it."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -164,14 +164,16 @@ def backward_on_hopper(
     q, k, v, grad = qkvg
     dq, _, _ = grads
     num_heads = q.shape[1]
-    items = problem.num_examples * num_heads
-    parts = max(1, -(-(problem.dense_keys or 0) // _PART))
-    units = parts * (items + (parts - 1) * _DISPATCHED_LATER)
-    work = torch.zeros(1 if parts == 1 else 1 + 2 * parts * items, dtype=torch.int32, device=q.device)
+    # Two key tiles of an example are computed side by side, so that they share its queries in the L2 cache.
+    parts = 2 if problem.dense_keys is not None and _KEY_TILE < problem.dense_keys <= 2 * _KEY_TILE else 1
+    if parts > 1:
+        dq.zero_()
+    units = problem.num_examples * num_heads * parts
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     launch(
         _gdpa_bwd_hopper_kernel, (min(units, _multiprocessors(q.device)),),
-        *described, *grads, work, q_offsets, q_offsets if kv_offsets is None else kv_offsets,
-        units, items, num_heads, problem.dense_keys or 0, longest, inner, outer,
+        *described, *grads, counter, q_offsets, q_offsets if kv_offsets is None else kv_offsets,
+        units, num_heads, problem.dense_keys or 0, longest, inner, outer,
         stride_qh=q.stride(-2), stride_kh=k.stride(-2), stride_vh=v.stride(-2), stride_doh=grad.stride(-2),
         stride_gt=dq.stride(0), stride_gh=dq.stride(1),
         D=problem.width, SLOTS=rings.slots, SWAPS=rings.swaps, PLACES=rings.places, PARTS=parts,

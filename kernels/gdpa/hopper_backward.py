@@ -1,8 +1,8 @@
-"""GDPA's backward on Hopper, in Gluon, without a window: warps of their own for copies, and two groups that compute.
+"""GDPA's backward on Hopper, in Gluon: a warp of its own asks for copies, and two groups of four warps compute.
 
-Shape letters as in `kernels/gdpa/triton_kernels.py`; tiles have M = 64 queries and N = 128 keys, 64 of them a group's. A
-group holds dK and dV of its keys in registers. It computes transposed scores, keys by queries; the groups exchange dS
-through shared memory and each makes half the columns of dQ. One group's activations run beside the other's products.
+Shape letters as in `kernels/gdpa/triton_kernels.py`; tiles have M = 64 queries and N = 128 keys, 64 of them a group's.
+A group holds dK and dV of its keys in registers, and computes scores transposed, keys by queries. The groups exchange
+dS through shared memory, and each makes half the columns of dQ.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -21,7 +21,6 @@ from kernels.gdpa.triton_activations import activate_with_slope
 
 _M = gl.constexpr(64)
 _N = gl.constexpr(128)
-_SHIFT = gl.constexpr(16)
 
 
 @builtin
@@ -40,53 +39,28 @@ def _wait_for_stores():
 
 
 @gluon.jit
-def _publish(place, number):
-    """Other programs that see the number see what this group stored before."""
-    _wait_for_stores()
-    gl.thread_barrier()
-    gl.inline_asm_elementwise(
-        "{ .reg .pred one; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 one, t, 0; "
-        "@one st.release.gpu.global.u32 [$1], $2; mov.b32 $0, 0; }",
-        "=r,l,r", [place, number], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _wait_for(place, number):
-    """Until another program has published at least the number."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred behind; .reg .b32 seen; again: ld.acquire.gpu.global.u32 seen, [$1]; "
-        "setp.lt.s32 behind, seen, $2; @behind bra again; fence.proxy.async; mov.b32 $0, seen; }",
-        "=r,l,r", [place, number], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _describe(unit, offsets, sizes, PARTS: gl.constexpr, JAGGED: gl.constexpr):
-    """Item and part of a unit; head, rows of queries and keys, first and end of the part's keys.
+    """Head, first row and number of queries and of keys, first and end of the unit's keys.
 
-    A part is dispatched _SHIFT items after the part before it, whose dQ it adds to: it finds it done, and Q and dO still
-    in the L2 cache. A unit beyond either end of the items, or with more keys than `longest`, has no rows.
+    An example of more keys than `longest` has none, and no queries.
     """
     q_offsets, kv_offsets = offsets
-    num_items, num_heads, num_kv, longest = sizes
-    part = unit % PARTS
-    item = unit // PARTS - part * _SHIFT
-    exists = (item >= 0) & (item < num_items)
-    b, h = gl.where(exists, item, 0) // num_heads, gl.where(exists, item, 0) % num_heads
+    num_heads, num_kv, longest = sizes
+    item = unit // PARTS
+    b, h = item // num_heads, item % num_heads
     first = gl.load(q_offsets + b)
     num_q = gl.load(q_offsets + b + 1) - first
     kv_first, length = b * num_kv, num_kv
     if JAGGED:
         kv_first = gl.load(kv_offsets + b)
         length = gl.load(kv_offsets + b + 1) - kv_first
-    exists = exists & (length <= longest)
-    num_q, length = gl.where(exists, num_q, 0), gl.where(exists, length, 0)
+        num_q = gl.where(length <= longest, num_q, 0)
+        length = gl.where(length <= longest, length, 0)
     n_first, n_end = 0, length
     if PARTS > 1:
-        n_first = part * _N
+        n_first = unit % PARTS * _N
         n_end = gl.minimum(length, n_first + _N)
-    return item * PARTS + part, part, h, first, num_q, kv_first, length, n_first, n_end
+    return h, first, num_q, kv_first, length, n_first, n_end
 
 
 @gluon.jit
@@ -109,7 +83,7 @@ def _announce(unit, units, full, empty, i):
 
 @gluon.jit
 def _produce(
-    q, k, v, do, work, offsets, sizes, num_units, units, tiles, barriers,
+    q, k, v, do, counter, offsets, sizes, num_units, units, tiles, barriers,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
     PARTS: gl.constexpr, JAGGED: gl.constexpr,
 ):  # fmt: skip
@@ -125,9 +99,9 @@ def _produce(
     unit = gl.program_id(0)
     _announce(unit, units, unit_full, unit_empty, i)
     while unit < num_units:
-        place, part, h, first, num_q, kv_first, length, n_first, n_end = _describe(unit, offsets, sizes, PARTS, JAGGED)
+        h, first, num_q, kv_first, _, n_first, n_end = _describe(unit, offsets, sizes, PARTS, JAGGED)
         i += 1
-        unit = gl.num_programs(0) + gl.atomic_add(work, 1)
+        unit = gl.num_programs(0) + gl.atomic_add(counter, 1)
         _announce(unit, units, unit_full, unit_empty, i)
         if num_q == 0:
             n_end = n_first
@@ -139,10 +113,6 @@ def _produce(
                 _copy_in(v, kv_first + n + c * 64, h * stride_vh, kv_full.index(at), v_tiles.index(2 * at + c), True)
             pair += 1
             for m in range(0, num_q, _M):
-                if PARTS > 1:
-                    if part > 0:
-                        _wait_for(work + 1 + 2 * (place - 1), m // _M + 1)
-                        _wait_for(work + 2 + 2 * (place - 1), m // _M + 1)
                 slot = t % SLOTS
                 mbarrier.wait(empty.index(slot), (t // SLOTS & 1) ^ 1)
                 _copy_in(q, first + m, h * stride_qh, q_full.index(slot), q_tiles.index(slot), True)
@@ -187,7 +157,8 @@ def _keep_dq(dq, base, dq_MD, staged, first, column, m, num_q, adds, stride: gl.
     if (m + _M <= num_q) | adds:
         if m + _M > num_q:
             row_M = m + gl.arange(0, _M, gl.SliceLayout(1, LAYOUT))
-            dq_MD = gl.where((row_M < num_q)[:, None], dq_MD, 0.0)
+            # In the next example, which others may be storing: adding -0 leaves any number as it is.
+            dq_MD = gl.where((row_M < num_q)[:, None], dq_MD, -0.0)
         tma.store_wait(0)
         staged.store(dq_MD)
         hopper.fence_async_shared()
@@ -201,7 +172,7 @@ def _keep_dq(dq, base, dq_MD, staged, first, column, m, num_q, adds, stride: gl.
 
 @gluon.jit
 def _consume(
-    grads, pointers, work, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
+    grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr,
     PARTS: gl.constexpr, JAGGED: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
@@ -230,13 +201,15 @@ def _consume(
     i = 0
     unit = _take(units, unit_full, unit_empty, i)
     while unit < num_units:
-        place, part, h, first, num_q, kv_first, length, n_first, n_end = _describe(unit, offsets, sizes, PARTS, JAGGED)
+        h, first, num_q, kv_first, length, n_first, n_end = _describe(unit, offsets, sizes, PARTS, JAGGED)
         dq_base = dq_pointer + first.to(gl.int64) * stride_gt + h * stride_gh + GROUP * HALF
+        column = h * stride_gh + GROUP * HALF
         key_base = kv_first.to(gl.int64) * stride_gt + h * stride_gh
         for n in range(n_first, n_end, _N):
             if n > n_first:
                 _wait_for_stores()
             own_n = n + GROUP * 64
+            adds = n > (-1 if PARTS > 1 else 0)
             dk_ND = gl.full([64, D], 0.0, gl.float32, G_LAYOUT)
             dv_ND = gl.full([64, D], 0.0, gl.float32, G_LAYOUT)
             if num_q > 0:
@@ -297,20 +270,14 @@ def _consume(
                         dp_NM = gl.convert_layout(dq_MD, S_LAYOUT, assert_trivial=True)
                     dp = _start(own_v, do_tiles, do_full, t + 1, dp_NM, more)
                     mbarrier.arrive(other_free.index(swap), count=1)
-                    if PLACES > 1:
-                        if m == 0:
-                            # Gradients of the key tile before this one have left its place.
-                            tma.store_wait(0)
-                            mbarrier.arrive(kv_empty.index((pair + 1) % PLACES), count=1, pred=pair > 0)
-                    if PARTS > 1:
-                        _publish(work + 1 + 2 * place + GROUP, m // _M)
-                    column = h * stride_gh + GROUP * HALF
-                    _keep_dq(dq, dq_base, rounded, staged, first, column, m, num_q, n > 0, stride_gt, Q_LAYOUT)
+                    if PLACES > 1 and m == 0:
+                        # Gradients of the key tile before this one have left its place.
+                        tma.store_wait(0)
+                        mbarrier.arrive(kv_empty.index((pair + 1) % PLACES), count=1, pred=pair > 0)
+                    _keep_dq(dq, dq_base, rounded, staged, first, column, m, num_q, adds, stride_gt, Q_LAYOUT)
                     t += 1
                 # Leftovers of the products past the end.
                 hopper.warpgroup_mma_wait(0, deps=[s, dp])
-                if PARTS > 1:
-                    _publish(work + 1 + 2 * place + GROUP, (num_q + _M - 1) // _M)
             at = pair % PLACES
             if (own_n + 64 <= length) & (num_q > 0):
                 # Through the places of this group's values and keys, once the other group is done with the keys.
@@ -345,20 +312,20 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
     return barriers
 
 
-@gluon.jit(do_not_specialize=["num_units", "num_items", "longest"])
+@gluon.jit(do_not_specialize=["num_units", "longest"])
 def _gdpa_bwd_hopper_kernel(
-    q, k, v, do, dq, dk, dv, dq_pointer, dk_pointer, dv_pointer, work, q_offsets, kv_offsets,
-    num_units, num_items, num_heads, num_kv, longest, inner, outer,
+    q, k, v, do, dq, dk, dv, dq_pointer, dk_pointer, dv_pointer, counter, q_offsets, kv_offsets,
+    num_units, num_heads, num_kv, longest, inner, outer,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr,
     D: gl.constexpr, SLOTS: gl.constexpr, SWAPS: gl.constexpr, PLACES: gl.constexpr, PARTS: gl.constexpr,
     JAGGED: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
-    """q to dv are the copy engine's descriptors, of 64 rows. Work comes in units: an example and head, or one part (a key
-    tile) of one; `work` is zeros, a counter of units and then, of each part, the tiles of dQ that each group has done.
+    """q to dv are the copy engine's descriptors, of 64 rows; dq's are of half a head's columns.
 
-    A unit's key tiles follow one another and add to dQ, in dQ's type. With PARTS of an example side by side, each follows
-    the one before it: which sums are rounded does not depend on time. Longer examples than `longest` are left alone.
+    A unit of work is an example and head: its key tiles follow one another and add to dQ, in dQ's type. Or, of two
+    PARTS, it is one key tile: each adds to the zeros that dQ holds, which is the same number in either order. `counter`
+    is a zero that hands out the units. Examples of more keys than `longest` are left alone.
     """
     TYPE: gl.constexpr = q.dtype
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, _M], TYPE)
@@ -373,21 +340,22 @@ def _gdpa_bwd_hopper_kernel(
     dq_tiles = gl.allocate_shared_memory(TYPE, [2, _M, D // 2], dq.layout)
     units = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     units = (units, _barriers(2, 1), _barriers(2, 2))
-    barriers = (_barriers(SLOTS, 1), _barriers(SLOTS, 1), _barriers(SLOTS, 2), _barriers(PLACES, 4), _barriers(PLACES, 2))
+    q_full, do_full, empty = _barriers(SLOTS, 1), _barriers(SLOTS, 1), _barriers(SLOTS, 2)
+    barriers = (q_full, do_full, empty, _barriers(PLACES, 4), _barriers(PLACES, 2))
     full_0, full_1, free_0, free_1 = _barriers(SWAPS, 1), _barriers(SWAPS, 1), _barriers(SWAPS, 1), _barriers(SWAPS, 1)
     hopper.fence_async_shared()
     tiles = (q_tiles, do_tiles, k_tiles, v_tiles)
     made = (ds_tiles, p_tiles, dq_tiles)
     offsets = (q_offsets, kv_offsets)
-    sizes = (num_items, num_heads, num_kv, longest)
+    sizes = (num_heads, num_kv, longest)
     grads, pointers = (dq, dk, dv), (dq_pointer, dk_pointer, dv_pointer)
     gl.warp_specialize(
         [
-            (_consume, (grads, pointers, work, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers,
+            (_consume, (grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers,
                         (full_0, full_1, free_0, free_1), stride_gt, stride_gh, 0, PARTS, JAGGED, ACTIVATION, APPROX)),
-            (_consume, (grads, pointers, work, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers,
+            (_consume, (grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers,
                         (full_1, full_0, free_1, free_0), stride_gt, stride_gh, 1, PARTS, JAGGED, ACTIVATION, APPROX)),
-            (_produce, (q, k, v, do, work, offsets, sizes, num_units, units, tiles, barriers,
+            (_produce, (q, k, v, do, counter, offsets, sizes, num_units, units, tiles, barriers,
                         stride_qh, stride_kh, stride_vh, stride_doh, PARTS, JAGGED)),
         ],
         [4, 1],

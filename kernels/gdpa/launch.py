@@ -150,8 +150,12 @@ def backward(
         strides = _strides(("q", "k", "v", "do", "g"), [*qkvg, dq])
         for mode in modes:
             lengths = _lengths(mode, modes, tiles)
-            if on_hopper and mode in ("store", "add") and backward_on_hopper(
-                qkvg, grads[:3], q_offsets, kv_offsets, problem, on_hopper, name, inner, outer, lengths[1]
+            if (
+                on_hopper
+                and mode in ("store", "add")
+                and backward_on_hopper(
+                    qkvg, grads[:3], q_offsets, kv_offsets, problem, on_hopper, name, inner, outer, lengths[1]
+                )
             ):
                 continue
             options = strides | {"JAGGED": kv_offsets is not None, "WINDOW": window is not None}

@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kernels.gdpa.hopper import hopper_tiles
+from kernels.gdpa.hopper import hopper_rings, hopper_tiles
+from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
 from kernels.gdpa.hopper_forward import _gdpa_fwd_hopper_kernel
 from kernels.gdpa.tiles import Problem
 
@@ -28,6 +29,11 @@ CASES = [  # width, dense keys, window, activation
     (128, None, None, "gelu"),
     (128, 256, None, "gelu_tanh"),
     (128, None, 64, "identity"),
+]
+BACKWARD_CASES = [  # width, dense keys, activation
+    (64, None, "gelu_tanh"),
+    (64, 128, "silu"),
+    (128, 256, "gelu_tanh"),
 ]
 
 
@@ -50,8 +56,27 @@ def compile_forward(width: int, keys: int | None, window: int | None, activation
     types = {"q": query, "out": query, "k": key, "v": key, "out_pointer": "*bf16", "inner": "fp32", "outer": "fp32"}
     types |= dict.fromkeys(("q_offsets", "kv_offsets"), "*i32") | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in _gdpa_fwd_hopper_kernel.arg_names}
-    source = GluonASTSource(fn=_gdpa_fwd_hopper_kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tiles.num_warps})
+    return compile_kernel(_gdpa_fwd_hopper_kernel, signature, constants, tiles.num_warps)
+
+
+def compile_backward(width: int, keys: int | None, activation: str) -> str:
+    rings = hopper_rings(Problem(torch.bfloat16, 512, 4, width, 100_000, keys, None))
+    assert rings is not None
+    constants: dict[str, Any] = {
+        "D": width, "SLOTS": rings.slots, "SWAPS": rings.swaps, "PLACES": rings.places,
+        "PARTS": 2 if keys == 256 else 1, "JAGGED": keys is None, "ACTIVATION": activation, "APPROX": True, "stride_gt": 4 * width,
+        **dict.fromkeys(("stride_qh", "stride_kh", "stride_vh", "stride_doh", "stride_gh"), width),
+    }  # fmt: skip
+    types = dict.fromkeys(("q", "k", "v", "do", "dk", "dv"), descriptor(64, width)) | {"dq": descriptor(64, width // 2)}
+    types |= dict.fromkeys(("dq_pointer", "dk_pointer", "dv_pointer"), "*bf16") | {"inner": "fp32", "outer": "fp32"}
+    types |= dict.fromkeys(("counter", "q_offsets", "kv_offsets"), "*i32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in _gdpa_bwd_hopper_kernel.arg_names}
+    return compile_kernel(_gdpa_bwd_hopper_kernel, signature, constants, 4)
+
+
+def compile_kernel(kernel: Any, signature: dict[str, str], constants: dict[str, Any], num_warps: int) -> str:
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
     return str(compiled.asm["ptx"])
 
 
@@ -72,3 +97,6 @@ if __name__ == "__main__":
     for case in CASES:
         print("case", *case)
         print(assemble(compile_forward(*case)), flush=True)
+    for backward_case in BACKWARD_CASES:
+        print("case backward", *backward_case)
+        print(assemble(compile_backward(*backward_case)), flush=True)
