@@ -64,7 +64,8 @@ def compile_backward(width: int, keys: int | None, activation: str) -> str:
     assert rings is not None
     constants: dict[str, Any] = {
         "D": width, "SLOTS": rings.slots, "SWAPS": rings.swaps, "PLACES": rings.places,
-        "PARTS": 2 if keys == 256 else 1, "JAGGED": keys is None, "ACTIVATION": activation, "APPROX": True, "stride_gt": 4 * width,
+        "PARTS": 2 if keys == 256 else 1, "JAGGED": keys is None, "ACTIVATION": activation, "APPROX": True,
+        "stride_gt": 4 * width,
         **dict.fromkeys(("stride_qh", "stride_kh", "stride_vh", "stride_doh", "stride_gh"), width),
     }  # fmt: skip
     types = dict.fromkeys(("q", "k", "v", "do", "dk", "dv"), descriptor(64, width)) | {"dq": descriptor(64, width // 2)}
