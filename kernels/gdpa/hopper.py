@@ -51,11 +51,9 @@ _BACKWARD: dict[tuple[str, bool], HopperRings] = {
     ("128", False): HopperRings(3, 2, 2),
     ("256", False): HopperRings(2, 2, 2),
     ("long", False): HopperRings(2, 2, 2),
-    ("128", True): HopperRings(2, 2, 1),
     ("256", True): HopperRings(2, 2, 1),
     ("long", True): HopperRings(2, 2, 1),
 }
-_KEY_TILE = 128
 
 
 @functools.lru_cache(1024)
@@ -164,8 +162,8 @@ def backward_on_hopper(
     q, k, v, grad = qkvg
     dq, _, _ = grads
     num_heads = q.shape[1]
-    # Two key tiles of an example are computed side by side, so that they share its queries in the L2 cache.
-    parts = 2 if problem.dense_keys is not None and _KEY_TILE < problem.dense_keys <= 2 * _KEY_TILE else 1
+    # Two key tiles of wide heads, which are bound by memory, run side by side: both find the queries in the L2 cache.
+    parts = 2 if problem.width > 64 and problem.key_class == "256" else 1
     if parts > 1:
         dq.zero_()
     units = problem.num_examples * num_heads * parts

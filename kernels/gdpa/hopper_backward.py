@@ -100,9 +100,6 @@ def _produce(
     _announce(unit, units, unit_full, unit_empty, i)
     while unit < num_units:
         h, first, num_q, kv_first, _, n_first, n_end = _describe(unit, offsets, sizes, PARTS, JAGGED)
-        i += 1
-        unit = gl.num_programs(0) + gl.atomic_add(counter, 1)
-        _announce(unit, units, unit_full, unit_empty, i)
         if num_q == 0:
             n_end = n_first
         for n in range(n_first, n_end, _N):
@@ -118,6 +115,10 @@ def _produce(
                 _copy_in(q, first + m, h * stride_qh, q_full.index(slot), q_tiles.index(slot), True)
                 _copy_in(do, first + m, h * stride_doh, do_full.index(slot), do_tiles.index(slot), True)
                 t += 1
+        # Not earlier: a program that is busy would keep a unit from the others.
+        i += 1
+        unit = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        _announce(unit, units, unit_full, unit_empty, i)
 
 
 @gluon.jit
