@@ -54,12 +54,17 @@ _BACKWARD: dict[tuple[str, bool], HopperRings] = {
     ("256", True): HopperRings(2, 2, 1),
     ("long", True): HopperRings(2, 2, 1),
 }
+_ENOUGH_ELEMENTS = 2**25  # in all queries; with fewer the host takes longer than the card, and longer than for Triton's
+_ENOUGH_QUERIES = 192  # in an example, of wide heads, whose start and end cost most
 
 
 @functools.lru_cache(1024)
 def hopper_rings(problem: Problem) -> HopperRings | None:
     """None: Triton's backward is faster, or the Gluon kernel cannot take the problem."""
     if not (problem.low_precision and problem.width in (64, 128) and problem.enough_examples):
+        return None
+    is_small = problem.query_rows * problem.num_heads * problem.width < _ENOUGH_ELEMENTS
+    if is_small or (problem.width > 64 and problem.query_rows < _ENOUGH_QUERIES * problem.num_examples):
         return None
     return _BACKWARD.get((problem.key_class, problem.width > 64))
 

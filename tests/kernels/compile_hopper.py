@@ -60,7 +60,7 @@ def compile_forward(width: int, keys: int | None, window: int | None, activation
 
 
 def compile_backward(width: int, keys: int | None, activation: str) -> str:
-    rings = hopper_rings(Problem(torch.bfloat16, 512, 4, width, 100_000, keys, None))
+    rings = hopper_rings(Problem(torch.bfloat16, 512, 4, width, 300_000, keys, None))
     assert rings is not None
     constants: dict[str, Any] = {
         "D": width, "SLOTS": rings.slots, "SWAPS": rings.swaps, "PLACES": rings.places,
