@@ -52,8 +52,11 @@ def engine_view(x: Tensor) -> tuple[list[int], list[int]] | None:
     return [rows, (x.shape[-2] - 1) * x.stride(-2) + width], [row_stride, 1]
 
 
-def described(tensors: Sequence[Tensor], rows: Sequence[int]) -> list[Any] | None:
-    """Copy-engine descriptors of tiles of so many rows of one head; None where it cannot read or write one."""
+def described(tensors: Sequence[Tensor], rows: Sequence[int], columns: int | None = None) -> list[Any] | None:
+    """Copy-engine descriptors of tiles of so many rows of one head; None where it cannot read or write one.
+
+    columns: of a tile. Default: None, the head's width.
+    """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from kernels.launcher import descriptor
@@ -63,7 +66,8 @@ def described(tensors: Sequence[Tensor], rows: Sequence[int]) -> list[Any] | Non
         view = engine_view(x)
         if view is None:
             return None
-        found.append(descriptor(TensorDescriptor, x, view, [n, x.shape[-1]], _layout(n, x.shape[-1], x.dtype)))
+        width = columns or x.shape[-1]
+        found.append(descriptor(TensorDescriptor, x, view, [n, width], _layout(n, width, x.dtype)))
     return found
 
 

@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 # Renamed in Triton 3.7 and 3.8.
-_all_warps = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
-load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+all_warps = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 ROWS = gl.constexpr(64)  # of a group: what one matrix instruction takes
@@ -35,6 +35,14 @@ def key_range(m, rows, length, window, N: gl.constexpr, WINDOW: gl.constexpr):
         lo = gl.maximum(gl.minimum(m - window, length - 1), 0) // N * N
         hi = gl.minimum(m + rows + window, length)
     return lo, gl.maximum(hi, lo + 1)
+
+
+@gluon.jit
+def copy_in(x, row, column, full, tile, pred):
+    """Start the copy of a tile; barrier `full` completes when it is there."""
+    BYTES: gl.constexpr = tile.shape[0] * tile.shape[1] * (x.dtype.primitive_bitwidth // 8)
+    mbarrier.expect(full, BYTES, pred=pred)
+    _load(x, [row, column], full, tile, pred=pred)
 
 
 @gluon.jit
@@ -67,7 +75,7 @@ def next_item(items, item_full, item_empty, at):
     num_q = _scalar(items.index(slot * 8 + 3))
     length = _scalar(items.index(slot * 8 + 4))
     m_first = _scalar(items.index(slot * 8 + 5))
-    _all_warps()  # have read
+    all_warps()  # have read
     mbarrier.arrive(item_empty.index(slot), count=1)
     return item, h, first, num_q, length, m_first
 
@@ -90,8 +98,6 @@ def produce(
     Q_SLOTS: gl.constexpr = q_tiles.shape[0] // GROUPS
     SLOTS: gl.constexpr = k_tiles.shape[0]
     N: gl.constexpr = k_tiles.shape[1]
-    Q_BYTES: gl.constexpr = ROWS * k_tiles.shape[2] * (q.dtype.primitive_bitwidth // 8)
-    KEY_BYTES: gl.constexpr = N * k_tiles.shape[2] * (k.dtype.primitive_bitwidth // 8)
     tile = 0  # query tiles so far
     at = 0  # key tiles so far
     count = 0  # items so far
@@ -115,23 +121,25 @@ def produce(
                 row = m + group * ROWS
                 full = q_full.index(slot * GROUPS + group)
                 mbarrier.arrive(full, count=1, pred=row >= num_q)
-                mbarrier.expect(full, Q_BYTES, pred=row < num_q)
-                load(q, [q_first + row, h * stride_qh], full, q_tiles.index(slot * GROUPS + group), pred=row < num_q)
+                copy_in(q, q_first + row, h * stride_qh, full, q_tiles.index(slot * GROUPS + group), row < num_q)
             tile += 1
             lo, hi = key_range(m, GROUPS * ROWS, length, window, N, WINDOW)
             for n in range(lo, hi, N):
                 slot = at % SLOTS
                 mbarrier.wait(empty.index(slot), (at // SLOTS & 1) ^ 1)
-                mbarrier.expect(k_full.index(slot), KEY_BYTES)
-                load(k, [kv_first + n, h * stride_kh], k_full.index(slot), k_tiles.index(slot))
-                mbarrier.expect(v_full.index(slot), KEY_BYTES)
-                load(v, [kv_first + n, h * stride_vh], v_full.index(slot), v_tiles.index(slot))
+                copy_in(k, kv_first + n, h * stride_kh, k_full.index(slot), k_tiles.index(slot), True)
+                copy_in(v, kv_first + n, h * stride_vh, v_full.index(slot), v_tiles.index(slot), True)
                 at += 1
         # Not before this item's last copies are on their way: a program that is busy must not hold a second one.
         item = gl.atomic_add(counter, 1) + gl.num_programs(0)
         count += 1
     _publish(item, 0, 0, 0, 0, 0, items, item_full, item_empty, count)
-    # The last program to come here leaves both counts as it found them.
+    give_back(counter)
+
+
+@gluon.jit
+def give_back(counter):
+    """Called when there are no items left: the last program to come here leaves both counts as it found them."""
     if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:
         gl.store(counter, 0)
         gl.store(counter + 1, 0)

@@ -17,15 +17,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.attention.hopper_forward import _is_cut, _visible
-from kernels.hopper_ring import key_range, load, store
-
-
-@gluon.jit
-def _copy_in(x, row, column, full, tile, pred):
-    """Start the copy of a tile; barrier `full` completes when it is there."""
-    BYTES: gl.constexpr = tile.shape[0] * tile.shape[1] * (x.dtype.primitive_bitwidth // 8)
-    mbarrier.expect(full, BYTES, pred=pred)
-    load(x, [row, column], full, tile, pred=pred)
+from kernels.hopper_ring import copy_in, key_range, store
 
 
 @gluon.jit
@@ -110,14 +102,14 @@ def _refill(u, w, u_at, w_at, cursor, full, ring, at, num_rows, length, window, 
     if KEYS:
         if at > 0:
             before = (at - 2) % SLOTS
-            _copy_in(u, u_at[0] + cursor[1], u_at[1], full.index(before), ring.index(before), cursor[0] < num_rows)
+            copy_in(u, u_at[0] + cursor[1], u_at[1], full.index(before), ring.index(before), cursor[0] < num_rows)
             cursor = _advance(cursor, R, length, window, R, T, WINDOW)
-            _copy_in(w, w_at[0] + cursor[1], w_at[1], full.index(slot), ring.index(slot), cursor[0] < num_rows)
+            copy_in(w, w_at[0] + cursor[1], w_at[1], full.index(slot), ring.index(slot), cursor[0] < num_rows)
     else:
         if at > 0:
-            _copy_in(w, w_at[0] + cursor[1], w_at[1], full.index(slot), ring.index(slot), cursor[0] < num_rows)
+            copy_in(w, w_at[0] + cursor[1], w_at[1], full.index(slot), ring.index(slot), cursor[0] < num_rows)
         this = at % SLOTS
-        _copy_in(u, u_at[0] + cursor[1], u_at[1], full.index(this), ring.index(this), cursor[0] < num_rows)
+        copy_in(u, u_at[0] + cursor[1], u_at[1], full.index(this), ring.index(this), cursor[0] < num_rows)
         cursor = _advance(cursor, R, length, window, R, T, WINDOW)
     return cursor
 
@@ -140,15 +132,15 @@ def _pass(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, C, 16])
     G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, ring.shape[2], 16])
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    _copy_in(x, x_at[0], x_at[1], resident_full, resident.index(0), True)
-    _copy_in(y, y_at[0], y_at[1], resident_full, resident.index(1), True)
+    copy_in(x, x_at[0], x_at[1], resident_full, resident.index(0), True)
+    copy_in(y, y_at[0], y_at[1], resident_full, resident.index(1), True)
     lo, hi = key_range(0, R, length, window, T, WINDOW)
     cursor = (num_rows * 0, lo, hi)
     for i in gl.static_range(SLOTS):
         if i % 2 == 0:
-            _copy_in(w, w_at[0] + cursor[1], w_at[1], full.index(i), ring.index(i), cursor[0] < num_rows)
+            copy_in(w, w_at[0] + cursor[1], w_at[1], full.index(i), ring.index(i), cursor[0] < num_rows)
         else:
-            _copy_in(u, u_at[0] + cursor[1], u_at[1], full.index(i), ring.index(i), cursor[0] < num_rows)
+            copy_in(u, u_at[0] + cursor[1], u_at[1], full.index(i), ring.index(i), cursor[0] < num_rows)
             cursor = _advance(cursor, R, length, window, R, T, WINDOW)
     # Through a wait: registers of a product must be written before the first one is in flight.
     zero_RD = gl.full([R, ring.shape[2]], 0.0, gl.float32, G_LAYOUT)
@@ -188,8 +180,8 @@ def _pass(
                     cursor = _refill(u, w, u_at, w_at, cursor, full, ring, at, num_rows, length, window, KEYS, R,
                                      WINDOW)  # fmt: skip
                 if part == PARTS - 1:
-                    _copy_in(x, x_at[0] + r + R, x_at[1], resident_full, resident.index(0), is_last & there)
-                    _copy_in(y, y_at[0] + r + R, y_at[1], resident_full, resident.index(1), is_last & there)
+                    copy_in(x, x_at[0] + r + R, x_at[1], resident_full, resident.index(0), is_last & there)
+                    copy_in(y, y_at[0] + r + R, y_at[1], resident_full, resident.index(1), is_last & there)
                 p_RC, ds_RC = _weights(s_RC, dp_RC, lse_q, delta_q, r, c, length, window, scale_log2, KEYS, TYPE,
                                        S_LAYOUT, WINDOW)  # fmt: skip
                 if KEYS:

@@ -1,14 +1,25 @@
-"""Launch of GDPA's forward on Hopper (`kernels/gdpa/hopper_forward.py`): where it runs, and its tiles."""
+"""Launches of GDPA's Gluon kernels on Hopper (`kernels/gdpa/hopper_*.py`): where they run, and their tiles."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from kernels.gdpa.tiles import Problem
 from kernels.hopper import ROWS, HopperTiles, counter, described, multiprocessors
+
+
+@dataclass(frozen=True, slots=True)
+class HopperRings:
+    """Backward: query tiles on chip, places in which the groups exchange dS, key tiles on chip."""
+
+    slots: int
+    swaps: int
+    places: int
+
 
 # By (class of keys, width), where it measured faster than Triton on an H100.
 _FORWARD: dict[tuple[str, int], HopperTiles] = {
@@ -29,6 +40,29 @@ _FORWARD: dict[tuple[str, int], HopperTiles] = {
 def hopper_tiles(problem: Problem) -> HopperTiles | None:
     """None: Triton's kernels are faster, or this one cannot take the problem."""
     return _FORWARD.get((problem.key_class, problem.width)) if problem.low_precision else None
+
+
+# Likewise, where one program an example and head fills the card.
+_BACKWARD: dict[tuple[str, bool], HopperRings] = {
+    ("128", False): HopperRings(3, 2, 2),
+    ("256", False): HopperRings(2, 2, 2),
+    ("long", False): HopperRings(2, 2, 2),
+    ("256", True): HopperRings(2, 2, 1),
+    ("long", True): HopperRings(2, 2, 1),
+}
+_ENOUGH_ELEMENTS = 2**25  # in all queries; with fewer the host takes longer than the card, and longer than for Triton's
+_ENOUGH_QUERIES = 192  # in an example, of wide heads, whose start and end cost most
+
+
+@functools.lru_cache(1024)
+def hopper_rings(problem: Problem) -> HopperRings | None:
+    """None: Triton's backward is faster, or the Gluon kernel cannot take the problem."""
+    if not (problem.low_precision and problem.width in (64, 128) and problem.enough_examples):
+        return None
+    is_small = problem.query_rows * problem.num_heads * problem.width < _ENOUGH_ELEMENTS
+    if is_small or (problem.width > 64 and problem.query_rows < _ENOUGH_QUERIES * problem.num_examples):
+        return None
+    return _BACKWARD.get((problem.key_class, problem.width > 64))
 
 
 def forward_on_hopper(
@@ -61,5 +95,46 @@ def forward_on_hopper(
         D=problem.width, BLOCK_N=tiles.block_n, SLOTS=tiles.slots, GROUPS=tiles.groups, REGISTERS=tiles.registers,
         JAGGED=kv_offsets is not None, WINDOW=problem.window is not None, ACTIVATION=activation,
         APPROX=True, num_warps=4,
+    )  # fmt: skip
+    return True
+
+
+def backward_on_hopper(
+    qkvg: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    q_offsets: Tensor,
+    kv_offsets: Tensor | None,
+    problem: Problem,
+    rings: HopperRings,
+    activation: str,
+    inner: float,
+    outer: float,
+    longest: int,
+) -> bool:
+    """Fill dQ, dK, dV of examples of at most `longest` keys, of one run of heads of one activation; False, with nothing
+    done, where a tensor's layout forbids it."""
+    *plain, dq, dk, dv = (*qkvg, *grads)
+    whole, halves = described((*plain, dk, dv), [ROWS] * 6), described([dq], [ROWS], problem.width // 2)
+    if whole is None or halves is None:
+        return False
+    from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
+    from kernels.launcher import launch
+
+    q, k, v, grad = qkvg
+    num_heads = q.shape[1]
+    # Two key tiles of wide heads, which are bound by memory, run side by side: both find the queries in the L2 cache.
+    parts = 2 if problem.width > 64 and problem.key_class == "256" else 1
+    if parts > 1:
+        dq.zero_()
+    units = problem.num_examples * num_heads * parts
+    launch(
+        _gdpa_bwd_hopper_kernel, (min(units, multiprocessors(q.device)),),
+        *whole[:4], *halves, *whole[4:], *grads, counter(q.device),
+        q_offsets, q_offsets if kv_offsets is None else kv_offsets,
+        units, num_heads, problem.dense_keys or 0, longest, inner, outer,
+        stride_qh=q.stride(-2), stride_kh=k.stride(-2), stride_vh=v.stride(-2), stride_doh=grad.stride(-2),
+        stride_gt=dq.stride(0), stride_gh=dq.stride(1),
+        D=problem.width, SLOTS=rings.slots, SWAPS=rings.swaps, PLACES=rings.places, PARTS=parts,
+        JAGGED=kv_offsets is not None, ACTIVATION=activation, APPROX=True, num_warps=4,
     )  # fmt: skip
     return True

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gdpa import triton_kernels
-from kernels.gdpa.hopper import forward_on_hopper, hopper_tiles
+from kernels.gdpa.hopper import backward_on_hopper, forward_on_hopper, hopper_rings, hopper_tiles
 from kernels.gdpa.tiles import (
     MAX_ROUNDED_SUMS,
     Problem,
@@ -127,6 +127,7 @@ def backward(
     q, k, v, grad = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v), _rows_of_heads(grad)
     dq, dk, dv = _like(q), _like(k), _like(v)
     problem = _problem(q, q_offsets, k, kv_offsets, window)
+    on_hopper = hopper_rings(problem) if tiles is None and dq_mode is None and is_hopper(q.device) else None
     tiles = tiles or backward_tiles(problem)
     if problem.num_examples == 0:
         return dq, dk, dv
@@ -143,6 +144,13 @@ def backward(
         strides = _strides(("q", "k", "v", "do", "g"), [*qkvg, dq])
         for mode in modes:
             lengths = _lengths(mode, modes, tiles)
+            scales = name, inner, outer
+            if (
+                on_hopper
+                and mode in ("store", "add")
+                and backward_on_hopper(qkvg, grads[:3], q_offsets, kv_offsets, problem, on_hopper, *scales, lengths[1])
+            ):
+                continue
             options = strides | {"JAGGED": kv_offsets is not None, "WINDOW": window is not None}
             scalars = problem.dense_keys or 0, window or 0, inner, outer
             _launch_backward(problem, tiles, mode, splits, name, qkvg, grads, offsets, lengths, scalars, options)

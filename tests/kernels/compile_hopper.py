@@ -19,7 +19,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from kernels.attention.hopper import backward_tiles, forward_tiles
 from kernels.attention.hopper_backward import _softmax_bwd_hopper_kernel
 from kernels.attention.hopper_forward import _softmax_fwd_hopper_kernel
-from kernels.gdpa.hopper import hopper_tiles
+from kernels.gdpa.hopper import hopper_rings, hopper_tiles
+from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
 from kernels.gdpa.hopper_forward import _gdpa_fwd_hopper_kernel
 from kernels.gdpa.tiles import Problem
 from kernels.hopper import ROWS, HopperTiles
@@ -33,6 +34,11 @@ CASES = [  # width, dense keys, window, activation
     (128, 100, None, "leaky_relu"),
     (128, 256, None, "gelu_tanh"),
     (128, None, 64, "identity"),
+]
+BACKWARD_CASES = [  # width, dense keys, activation
+    (64, None, "gelu_tanh"),
+    (64, 128, "silu"),
+    (128, 256, "gelu_tanh"),
 ]
 SOFTMAX_CASES = [  # width, seeds, window
     (64, None, 100),
@@ -60,6 +66,18 @@ def compile_forward(width: int, keys: int | None, window: int | None, activation
     }  # fmt: skip
     query, key = descriptor(ROWS, width), descriptor(tiles.block_n, width)
     return build(_gdpa_fwd_hopper_kernel, {"q": query, "out": query, "k": key, "v": key}, constants)
+
+
+def compile_backward(width: int, keys: int | None, activation: str) -> str:
+    """PTX of GDPA's backward kernel."""
+    rings = hopper_rings(Problem(torch.bfloat16, 512, 4, width, 300_000, keys, None))
+    assert rings is not None
+    constants = {
+        "D": width, "SLOTS": rings.slots, "SWAPS": rings.swaps, "PLACES": rings.places,
+        "PARTS": 2 if keys == 256 else 1, "JAGGED": keys is None, "ACTIVATION": activation, "APPROX": True,
+    }  # fmt: skip
+    described = dict.fromkeys(("q", "k", "v", "do", "dk", "dv"), descriptor(ROWS, width))
+    return build(_gdpa_bwd_hopper_kernel, described | {"dq": descriptor(ROWS, width // 2)}, constants)
 
 
 def ring(width: int, tiles: HopperTiles) -> dict[str, Any]:
@@ -121,6 +139,9 @@ if __name__ == "__main__":
     for case in CASES:
         print("case", *case)
         print(assemble(compile_forward(*case)), flush=True)
+    for backward_case in BACKWARD_CASES:
+        print("case backward", *backward_case)
+        print(assemble(compile_backward(*backward_case)), flush=True)
     for softmax_case in SOFTMAX_CASES:
         for name, ptx in compile_softmax(*softmax_case).items():
             print("case softmax", name, *softmax_case)

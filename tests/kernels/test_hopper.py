@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kernels.attention.hopper import backward_tiles, forward_tiles
-from kernels.gdpa.hopper import hopper_tiles
+from kernels.gdpa.hopper import hopper_rings, hopper_tiles
 from kernels.gdpa.tiles import Problem
 from kernels.hopper import ROWS, HopperTiles, engine_view, is_hopper
 
@@ -35,12 +36,12 @@ def test_kernels_compile_without_spills_and_with_products_in_flight() -> None:
     )
     assert report.returncode == 0, report.stderr[-2000:]
     cases = report.stdout.split("case ")[1:]
-    assert len(cases) == 6 + 11
+    assert len(cases) == 6 + 3 + 11
     for case in cases:
         assert "serialized" not in case, case
         spilled = int(re.findall(r"(\d+) bytes spill stores", case)[0])
-        # Softmax's backward at D = 128 stores whole tiles with all registers taken; its products' loop spills nothing.
-        assert spilled <= (160 if case.startswith("softmax backward 128") else 0), case
+        # Backward at D = 128 has all registers taken; it spills outside of its products' loop, or nearly so.
+        assert spilled <= (320 if "backward 128" in case.splitlines()[0] else 0), case
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -70,6 +71,63 @@ def _check_ring(tiles: HopperTiles, width: int) -> None:
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 64), (torch.bfloat16, 48), (torch.bfloat16, 256)])
 def test_what_it_cannot_take_is_left_to_triton(dtype: torch.dtype, width: int) -> None:
     assert hopper_tiles(Problem(dtype, 7, 3, width, 900, None, None)) is None
+
+
+@pytest.mark.parametrize("keys", [None, 1, 65, 128, 129, 256, 5000])
+@pytest.mark.parametrize("width", [64, 128])
+def test_backward_rings_fit_shared_memory_and_let_the_groups_be_apart(width: int, keys: int | None) -> None:
+    rings = hopper_rings(Problem(torch.bfloat16, 700, 3, width, 700 * 256, keys, None))
+    assert rings is not None or keys in (1, 65, 128)
+    if rings is not None:
+        rows = 64 * (2 * rings.slots + 4 * rings.places + 1) * width
+        scores = 64 * 64 * (2 * rings.swaps + (2 if width == 128 else 0))
+        assert 2 * (rows + scores) + 2048 <= 227 * 1024
+        assert rings.swaps == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("dtype", torch.float32),
+        ("num_examples", 7),
+        ("width", 32),
+        ("window", 9),
+        ("query_rows", 700 * 16),
+        ("dense_keys", 64),
+    ],
+)
+def test_backward_is_left_to_triton_where_that_is_faster(change: str, value: Any) -> None:
+    taken = {"dtype": torch.bfloat16, "num_examples": 700, "num_heads": 3, "width": 64, "query_rows": 700 * 256}
+    taken |= {"dense_keys": 128, "window": None}
+    assert hopper_rings(Problem(**taken)) is not None
+    assert hopper_rings(Problem(**taken | {change: value})) is None
+
+
+def test_wide_heads_need_more_queries_an_example() -> None:
+    def rings(width: int, queries: int) -> object:
+        return hopper_rings(Problem(torch.bfloat16, 4096, 4, width, 4096 * queries, 256, None))
+
+    assert rings(64, 64) is not None
+    assert rings(128, 64) is None
+    assert rings(128, 256) is not None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "programs", "short", "seeds", "window"),
+    [
+        (torch.float32, 64, 4096, False, None, 64),
+        (torch.bfloat16, 32, 4096, False, None, 64),
+        (torch.bfloat16, 64, 511, False, None, 64),
+        (torch.bfloat16, 64, 4096, True, None, 64),
+        (torch.bfloat16, 128, 4096, False, None, 129),
+        (torch.bfloat16, 128, 4096, False, None, None),
+    ],
+    ids=["float32", "narrow", "few programs", "short examples", "wide window", "no window"],
+)
+def test_softmax_backward_is_left_to_triton_where_that_is_faster(
+    dtype: torch.dtype, width: int, programs: int, short: bool, seeds: int | None, window: int | None
+) -> None:
+    assert backward_tiles(dtype, width, programs, short, seeds, window) is None
 
 
 def test_only_a_hopper_card_runs_it() -> None:

@@ -8,6 +8,8 @@ from kernel_cases import LENGTHS, offsets_of
 from torch import Tensor
 from triton_cases import BOUNDS, DEVICE, FLOAT64_PRODUCTS, LOW, check, poisoned
 
+from kernels.attention import launch
+from kernels.attention.hopper import backward_tiles
 from kernels.attention.launch import seed_attention_triton, window_attention_triton
 from kernels.seed_attention.reference import seed_attention_reference
 from kernels.window_attention.reference import window_attention_reference
@@ -53,6 +55,30 @@ def test_window(case: str, window: int | None, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", ["ragged", "all_empty", "odd", "one_empty"])
 def test_seeds(case: str, seeds: int, dtype: torch.dtype) -> None:
     compare(LENGTHS[case], seeds=seeds, dtype=dtype)
+
+
+@pytest.mark.parametrize("width", [16, 24, 64])
+@pytest.mark.parametrize("lengths", [[63, 0, 65, 1], [130, 3]], ids=["short", "longer"])
+def test_tiles_of_every_class(lengths: list[int], width: int) -> None:
+    compare(lengths, window=40, width=width, dtype=LOW)
+    compare(lengths, window=None, width=width, dtype=LOW)
+    compare(lengths, seeds=64, width=width, dtype=LOW)
+
+
+@pytest.mark.parametrize("seeds", [None, 70])
+def test_what_the_hopper_kernels_refuse_is_left_to_triton(seeds: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(*_: object) -> bool:
+        asked.append(True)
+        return False
+
+    monkeypatch.setattr(launch, "is_hopper", lambda device: True)
+    monkeypatch.setattr(launch, "backward_tiles", lambda *kind: backward_tiles(*kind[:2], 4096, *kind[3:]))
+    monkeypatch.setattr(launch, "forward_on_hopper", refuse)
+    monkeypatch.setattr(launch, "backward_on_hopper", refuse)
+    compare([65, 70], seeds=seeds, window=None if seeds else 5, width=64, dtype=LOW)
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("width", [4, 24, 64, 128])
