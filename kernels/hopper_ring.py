@@ -12,8 +12,10 @@ products in flight. A program that is done with an item takes another off a coun
 # Device code: Gluon gives the arguments their types at launch.
 from __future__ import annotations
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
@@ -21,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 all_warps = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+_SUM = ir.DESCRIPTOR_REDUCE_KIND.ADD
 
 ROWS = gl.constexpr(64)  # of a group: what one matrix instruction takes
 PRODUCER_REGISTERS = gl.constexpr(24)
@@ -43,6 +47,13 @@ def copy_in(x, row, column, full, tile, pred):
     BYTES: gl.constexpr = tile.shape[0] * tile.shape[1] * (x.dtype.primitive_bitwidth // 8)
     mbarrier.expect(full, BYTES, pred=pred)
     _load(x, [row, column], full, tile, pred=pred)
+
+
+@builtin
+def add(x, coordinates, tile, _semantic=None):
+    """Start adding a tile in shared memory to x, in the L2 cache. Gluon has no name for it yet."""
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(_SUM, x.handle, coordinates, tile.handle)
 
 
 @gluon.jit

@@ -9,25 +9,16 @@ dS through shared memory, and each makes half the columns of dQ.
 # Device code: Gluon gives the arguments their types at launch.
 from __future__ import annotations
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.gdpa.triton_activations import activate_with_slope
-from kernels.hopper_ring import all_warps, copy_in, give_back, store
+from kernels.hopper_ring import add, all_warps, copy_in, give_back, store
 
 _M = gl.constexpr(64)
 _N = gl.constexpr(128)
-
-
-@builtin
-def _add(x, coordinates, tile, _semantic=None):
-    """Start adding a tile in shared memory to x, in the L2 cache."""
-    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, x.handle, coordinates, tile.handle)
 
 
 @gluon.jit
@@ -166,7 +157,7 @@ def _keep_dq(dq, base, dq_MD, staged, first, column, m, num_q, adds, stride: gl.
         staged.store(dq_MD)
         hopper.fence_async_shared()
         if adds:
-            _add(dq, [first + m, column], staged)
+            add(dq, [first + m, column], staged)
         else:
             store(dq, [first + m, column], staged)
     else:
