@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import pyarrow as pa
 
 from das import examples
-from das.arrow_guard import Buffers, decoded_bytes, inspect_stream
+from das.arrow_guard import Buffers, StreamPlan, decoded_bytes, inspect_stream
 from das.errors import Poison
 from das.examples import ARROW_ERRORS, ExampleDecoder
 
@@ -79,28 +79,30 @@ def _splice(values: Sequence[bytes | None]) -> tuple[pa.Buffer, bytes]:
     Raises ValueError unless each has the same schema message, one record batch, and all of its dictionaries before that
     (it would else be read with those of the message before), and all together decompress to MAX_DECODED_BYTES at most.
     """
-    first = inspect_stream(values[0] or b"")
-    plans = [first]
-    for before, value in pairwise(values):
-        plans.append(inspect_stream(value or b"", (before or b"", plans[-1])))
     pieces: list[bytes | memoryview] = []
     compressed: list[Buffers] = []
     size = 0
-    for value, plan in zip(values, plans, strict=True):
-        assert value is not None
+    before: tuple[bytes, StreamPlan] | None = None
+    for value in values:
+        if value is None:
+            raise ValueError("a message is empty")
+        plan = inspect_stream(value, before)
         if plan.dictionaries is None or plan.num_batches != 1:
             raise ValueError("a message has an unusual layout")
-        if plan.dictionaries != first.dictionaries or not (plan.shared or plan is first):
+        if before and not (plan.shared and plan.dictionaries == before[1].dictionaries):
             raise ValueError("the messages are of different kinds")
         moved = size - plan.shared
         compressed += [Buffers(pairs + moved, count, body + moved) for pairs, count, body in plan.compressed]
         pieces.append(memoryview(value)[plan.shared : -END_BYTES])
         size += len(pieces[-1])
-    pieces.append(memoryview(values[-1] or b"")[-END_BYTES:])
+        before = value, plan
+    assert before
+    last, plan = before
+    pieces.append(memoryview(last)[-END_BYTES:])
     stream = pa.allocate_buffer(size + END_BYTES)
     place, target = 0, memoryview(stream).cast("B")
     for piece in pieces:
         target[place : (place := place + len(piece))] = piece
     if decoded_bytes(stream, compressed) > examples.MAX_DECODED_BYTES:
         raise ValueError("the messages are too large to decode together")
-    return stream, (values[0] or b"")[: first.schema_bytes]
+    return stream, last[: plan.schema_bytes]
