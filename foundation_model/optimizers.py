@@ -58,6 +58,12 @@ class Optimizers:
         for parameter in (*self._dense.values(), *self._tables.values()):
             parameter.grad = None
 
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of `loss` alone, computed in this thread: one of autograd's for a GPU only costs waiting."""
+        self.zero_grad()
+        with torch.autograd.set_multithreading_enabled(False):
+            loss.backward()
+
     @torch.no_grad()
     def step(self, loss: Tensor) -> bool:
         """Clip and apply the gradients of `loss`, unless the loss or their norm is not finite.

@@ -132,9 +132,7 @@ class TeacherTrainer:
     def step(self, logits_BK: Tensor, batch: Batch) -> bool:
         """Learn from logits of `score`. Returns whether the step was taken; a non-finite one leaves the weights."""
         loss = self.loss(logits_BK, batch)
-        self.optimizers.zero_grad()
-        with torch.autograd.set_multithreading_enabled(False):  # autograd's thread for a GPU only costs waiting
-            loss.backward()
+        self.optimizers.backward(loss)
         ok = self.optimizers.step(loss)
         self.optimizers.zero_grad()
         self.version += 1

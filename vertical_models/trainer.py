@@ -101,9 +101,7 @@ class StudentTrainer:
         self._evaluate(output.logits_BK, item.batch)  # 2. count the prediction
         teacher = item.teacher.to(self.device) if item.teacher else None
         loss = self._objective(output.logits_BK, output.distilled_BK, batch.labels_BK, batch.label_mask_BK, teacher)
-        self.optimizers.zero_grad()
-        with torch.autograd.set_multithreading_enabled(False):  # autograd's thread for a GPU only costs waiting
-            loss.backward()
+        self.optimizers.backward(loss)
         ok = self.optimizers.step(loss)  # 3. learn
         self._count(item, ok)
         return ok
