@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ENOUGH_PROGRAMS = 512  # fill the largest card a few times over
+MAX_SPLITS = 65_535  # of a CUDA grid's second axis
+
 
 def check_offsets(name: str, offsets: Tensor, num_rows: int) -> None:
     """Raise ValueError unless `offsets` are int32 (B+1) that cut `num_rows` rows.
@@ -81,3 +84,13 @@ class Blocks:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What sums over rows of `dtype` are kept in: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def like(x: Tensor) -> Tensor:
+    """Uninitialized and contiguous; half the time of `torch.empty` with a shape, type and device."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def shares(num_programs: int, num_tiles: int) -> int:
+    """Programs that share an example's tiles where each would else take an example: as few as fill the card."""
+    return max(1, min(-(-ENOUGH_PROGRAMS // max(num_programs, 1)), num_tiles, MAX_SPLITS))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from kernels.hopper import ROWS, HopperTiles, counter, described, multiprocessors
+from kernels.jagged import ENOUGH_PROGRAMS, shares
 
-_ENOUGH_PROGRAMS = 512  # fill the card a few times over
 _SMALL_WINDOW = 128  # up to it small tiles are faster: less of them is masked
 _DELTA_ROWS = 64
-TINY = 16
+TINY = 16  # keys an example in the mean, below which Triton's forward is faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def forward_tiles(
     """None: Triton's kernel is faster, or this one cannot take the problem.
 
     Args:
-        tiny: examples have fewer than TINY keys in the mean.
+        tiny: examples have fewer than TINY keys.
         seeds: how many queries all examples share.
     """
     if not _takes(dtype, width) or tiny or (seeds is not None and seeds <= ROWS):
@@ -50,7 +50,7 @@ def backward_tiles(
 
     Programs are (example, head) pairs: each walks all tiles of its own, so that few leave the card idle.
     """
-    if not _takes(dtype, width) or programs < _ENOUGH_PROGRAMS:
+    if not _takes(dtype, width) or programs < ENOUGH_PROGRAMS:
         return None
     if width == 64:
         return None if short else BackwardTiles(64, 64, 7)
@@ -70,7 +70,7 @@ def forward_on_hopper(
     from kernels.launcher import launch
 
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
-    num_parts = _splits(num_examples, out, tiles.groups * ROWS)
+    num_parts = shares(num_examples * num_heads, -(-out.shape[0] // (num_examples * tiles.groups * ROWS)))
     items = num_examples * num_heads * num_parts
     launch(
         _softmax_fwd_hopper_kernel, (min(items, multiprocessors(q.device)),),
@@ -118,9 +118,3 @@ def _is_small(window: int | None) -> bool:
 
 def _takes(dtype: torch.dtype, width: int) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and width in (64, 128)
-
-
-def _splits(num_examples: int, x: Tensor, block: int) -> int:
-    """Programs that share an example's tiles of rows of x: as few as fill the card."""
-    wanted, tiles = -(-_ENOUGH_PROGRAMS // (num_examples * x.shape[1])), -(-x.shape[0] // (num_examples * block))
-    return max(1, min(wanted, tiles, 65_535))

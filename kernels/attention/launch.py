@@ -14,10 +14,9 @@ from kernels.attention import triton_kernels
 from kernels.attention.hopper import TINY, backward_on_hopper, backward_tiles, forward_on_hopper, forward_tiles
 from kernels.attention.tiles import SHORT, Plan, Tiles, plan_for
 from kernels.hopper import is_hopper
-from kernels.jagged import accumulator
+from kernels.jagged import MAX_SPLITS, accumulator, like
 from kernels.launcher import Bound, needs_gradient
 
-_MAX_SPLITS = 65_535  # of a CUDA grid's second axis
 _REMEMBERED = 1024  # classes of shapes
 _LONG = 4096  # mean rows of an example above which one program alone takes too long
 _LOG2_E = math.log2(math.e)
@@ -60,7 +59,7 @@ def forward(
     """Output and base-2 log-sums, rows (B N) where queries are shared. `tiles` overrides the rule: for measurements."""
     q, k, v = _plain(q), _plain(k), _plain(v)
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
-    out = q.new_empty((num_examples * q.shape[0], *q.shape[1:])) if shared else _like(q)
+    out = q.new_empty((num_examples * q.shape[0], *q.shape[1:])) if shared else like(q)
     lse = torch.empty(out.shape[:2], dtype=accumulator(q.dtype), device=q.device)
     if num_examples == 0:
         return out, lse
@@ -85,7 +84,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ, dK, dV. `plan` overrides the rule: for measurements."""
     q, k, v, grad = _plain(q), _plain(k), _plain(v), _plain(grad)
-    dq, dk, dv = _like(out), _like(k), _like(v)
+    dq, dk, dv = like(out), like(k), like(v)
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
     if num_examples == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
@@ -138,7 +137,7 @@ def _plan(q: Tensor, k: Tensor, num_examples: int, window: int | None) -> Plan:
 def _splits(rows: int, num_examples: int, block: int, *, even: bool) -> int:
     """Programs per example and head, one a tile if lengths are within twice their mean; longer ones loop."""
     tiles = -(-rows // (num_examples * block))
-    return max(1, min(tiles if even else 2 * tiles, _MAX_SPLITS))
+    return max(1, min(tiles if even else 2 * tiles, MAX_SPLITS))
 
 
 @functools.lru_cache(_REMEMBERED)
@@ -163,11 +162,6 @@ def _bound(
         "num_stages": tiles.num_stages,
     }
     return Bound(getattr(triton_kernels, kernel), **constants)
-
-
-def _like(x: Tensor) -> Tensor:
-    """Uninitialized and contiguous; half the time of `torch.empty` with a shape, type and device."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from kernels.gdpa.tiles import (
     mean_tile_rows,
 )
 from kernels.hopper import engine_view, is_hopper
-from kernels.jagged import accumulator
+from kernels.jagged import accumulator, like
 from kernels.launcher import descriptor, launch, needs_gradient
 
 _LONGEST = 2**31 - 1
@@ -74,7 +74,7 @@ def forward(
 ) -> Tensor:
     """`tiles` overrides the rule: for measurements."""
     q, k, v = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v)
-    out = _like(q)
+    out = like(q)
     problem = _problem(q, q_offsets, k, kv_offsets, window)
     on_hopper = hopper_tiles(problem) if tiles is None and is_hopper(q.device) else None
     tiles = tiles or forward_tiles(problem)
@@ -125,7 +125,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV. `tiles` and `dq_mode` override the rule: for measurements."""
     q, k, v, grad = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v), _rows_of_heads(grad)
-    dq, dk, dv = _like(q), _like(k), _like(v)
+    dq, dk, dv = like(q), like(k), like(v)
     problem = _problem(q, q_offsets, k, kv_offsets, window)
     on_hopper = hopper_rings(problem) if tiles is None and dq_mode is None and is_hopper(q.device) else None
     tiles = tiles or backward_tiles(problem)
@@ -305,11 +305,6 @@ def _runs(activation: str, num_heads: int) -> list[tuple[str, slice]]:
 
 def _of_heads(tensors: Sequence[Tensor], heads: slice) -> list[Any]:
     return list(tensors) if heads == slice(None) else [x[..., heads, :] for x in tensors]
-
-
-def _like(x: Tensor) -> Tensor:
-    """Uninitialized and contiguous; half the time of `torch.empty` with a shape, type and device."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _rows_of_heads(x: Tensor) -> Tensor:

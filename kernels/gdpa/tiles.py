@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-# Programs that fill the largest card a few times over; below this, an example's queries are shared out.
-_ENOUGH_PROGRAMS = 512
+from kernels.jagged import ENOUGH_PROGRAMS, MAX_SPLITS, shares
+
 _LEAST_TILE = 16  # every block of rows is a multiple
 _REMEMBERED = 1024  # classes of problems
-_MAX_SPLITS = 65_535  # of a CUDA grid's second axis
 # Key tiles whose share of dQ may be added in a 16-bit type, rounded each time: measured errors are in docs/kernels.md.
 MAX_ROUNDED_SUMS = 6
 
@@ -69,17 +68,16 @@ class Problem:
 
     def query_splits(self, block_m: int) -> int:
         """Programs that share an example's queries when keys stay on chip: as few as fill the card."""
-        programs = max(self.num_examples * self.num_heads, 1)
-        return max(1, min(-(-_ENOUGH_PROGRAMS // programs), self._tiles(block_m), _MAX_SPLITS))
+        return shares(self.num_examples * self.num_heads, self._tiles(block_m))
 
     def tile_splits(self, block: int) -> int:
         """Programs per example when each takes one tile, if lengths are within twice their mean; longer ones loop."""
-        return max(1, min(2 * self._tiles(block), _MAX_SPLITS))
+        return max(1, min(2 * self._tiles(block), MAX_SPLITS))
 
     @property
     def enough_examples(self) -> bool:
         """One program per example and head fills the card."""
-        return self.num_examples * self.num_heads >= _ENOUGH_PROGRAMS
+        return self.num_examples * self.num_heads >= ENOUGH_PROGRAMS
 
     def key_tiles(self, tiles: Tiles) -> int | None:
         """The most key tiles that a query meets; None where only the device knows, for jagged keys without a window."""
