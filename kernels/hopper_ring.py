@@ -57,35 +57,40 @@ def add(x, coordinates, tile, _semantic=None):
 
 
 @gluon.jit
+def put(place, number):
+    """An integer for other warps, in a shared tile of one."""
+    place.store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])) + number)
+
+
+@gluon.jit
+def get(place):
+    return gl.max(place.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
+@gluon.jit
 def _publish(item, h, first, num_q, length, m_first, items, item_full, item_empty, at):
     """Tell the groups about an item."""
     slot = at % 2
     mbarrier.wait(item_empty.index(slot), (at // 2 & 1) ^ 1)
-    zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    items.index(slot * 8).store(zero + item)
-    items.index(slot * 8 + 1).store(zero + h)
-    items.index(slot * 8 + 2).store(zero + first)
-    items.index(slot * 8 + 3).store(zero + num_q)
-    items.index(slot * 8 + 4).store(zero + length)
-    items.index(slot * 8 + 5).store(zero + m_first)
+    put(items.index(slot * 8), item)
+    put(items.index(slot * 8 + 1), h)
+    put(items.index(slot * 8 + 2), first)
+    put(items.index(slot * 8 + 3), num_q)
+    put(items.index(slot * 8 + 4), length)
+    put(items.index(slot * 8 + 5), m_first)
     mbarrier.arrive(item_full.index(slot), count=1)
-
-
-@gluon.jit
-def _scalar(x):
-    return gl.max(x.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
 
 
 @gluon.jit
 def next_item(items, item_full, item_empty, at):
     slot = at % 2
     mbarrier.wait(item_full.index(slot), at // 2 & 1)
-    item = _scalar(items.index(slot * 8))
-    h = _scalar(items.index(slot * 8 + 1))
-    first = _scalar(items.index(slot * 8 + 2))
-    num_q = _scalar(items.index(slot * 8 + 3))
-    length = _scalar(items.index(slot * 8 + 4))
-    m_first = _scalar(items.index(slot * 8 + 5))
+    item = get(items.index(slot * 8))
+    h = get(items.index(slot * 8 + 1))
+    first = get(items.index(slot * 8 + 2))
+    num_q = get(items.index(slot * 8 + 3))
+    length = get(items.index(slot * 8 + 4))
+    m_first = get(items.index(slot * 8 + 5))
     all_warps()  # have read
     mbarrier.arrive(item_empty.index(slot), count=1)
     return item, h, first, num_q, length, m_first
@@ -157,6 +162,24 @@ def give_back(counter):
 
 
 @gluon.jit
+def start_step(queries, p, s_MN, o, k_tiles, v_tiles, k_full, v_full, at, is_first):
+    """Start the scores of the key tile after `at`, whose registers `s_MN` lends, and add P times the values at `at`."""
+    SLOTS: gl.constexpr = k_tiles.shape[0]
+    mbarrier.wait(k_full.index((at + 1) % SLOTS), (at + 1) // SLOTS & 1)
+    keys = k_tiles.index((at + 1) % SLOTS).permute((1, 0))
+    s = hopper.warpgroup_mma(queries, keys, s_MN, use_acc=False, is_async=True)
+    return s, add_values(p, o, v_tiles, v_full, at, is_first)
+
+
+@gluon.jit
+def add_values(p, o, v_tiles, v_full, at, is_first):
+    """Start adding P times the values at `at`."""
+    SLOTS: gl.constexpr = v_tiles.shape[0]
+    mbarrier.wait(v_full.index(at % SLOTS), at // SLOTS & 1)
+    return hopper.warpgroup_mma(p, v_tiles.index(at % SLOTS), o, use_acc=not is_first, is_async=True)
+
+
+@gluon.jit
 def pass_by(at, count, k_full, v_full, empty):
     """Let `count` key tiles pass that this group does not need."""
     SLOTS: gl.constexpr = empty.shape[0]
@@ -170,25 +193,30 @@ def pass_by(at, count, k_full, v_full, empty):
 
 
 @gluon.jit
-def store_tile(x_MD, out, out_pointer, staged, h, first, m, num_q, stride_t: gl.constexpr, stride_h: gl.constexpr,
-               LAYOUT: gl.constexpr):  # fmt: skip
-    """64 rows through shared memory and the copy engine, an example's last rows from the registers."""
-    if m + ROWS <= num_q:
+def store_rows(base, x, row, limit, stride: gl.constexpr, LAYOUT: gl.constexpr):
+    """Those of x that are before row `limit`, from the registers; row r is at base + r * stride."""
+    r = row + gl.arange(0, x.shape[0], gl.SliceLayout(1, LAYOUT))
+    d = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
+    gl.store(base + (r[:, None] * stride + d[None, :]), x.to(base.dtype.element_ty), mask=(r < limit)[:, None])
+
+
+@gluon.jit
+def store_tile(x_MD, out, base, column, staged, first, m, num_q, stride: gl.constexpr, LAYOUT: gl.constexpr):
+    """A whole tile through shared memory and the copy engine, an example's last rows from the registers."""
+    if m + staged.shape[0] <= num_q:
         staged.store(x_MD.to(staged.dtype))
         hopper.fence_async_shared()
-        store(out, [first + m, h * stride_h], staged)
+        store(out, [first + m, column], staged)
     else:
-        row_M = m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        d_D = gl.arange(0, staged.shape[1], gl.SliceLayout(0, LAYOUT))
-        rows = out_pointer + first.to(gl.int64) * stride_t + h * stride_h
-        gl.store(
-            rows + (row_M[:, None] * stride_t + d_D[None, :]), x_MD.to(staged.dtype), mask=(row_M < num_q)[:, None]
-        )
+        store_rows(base, x_MD, m, num_q, stride, LAYOUT)
 
 
 @gluon.jit
 def allocate(q, k, out, D: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr):
-    """The tiles, the barriers and what `publish` writes to, for two query tiles and SLOTS stages of keys and values."""
+    """The tiles, the barriers and what `_publish` writes to, for two query tiles and SLOTS stages of keys and values.
+
+    All is allocated before any barrier is initialized: in turns, Triton puts 8 to 16 more block barriers into a kernel.
+    """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_tiles = gl.allocate_shared_memory(q.dtype, [2 * GROUPS, ROWS, D], q.layout)
     o_tiles = gl.allocate_shared_memory(q.dtype, [GROUPS, ROWS, D], out.layout)

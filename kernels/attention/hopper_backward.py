@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.attention.hopper_forward import _is_cut, _visible
-from kernels.hopper_ring import copy_in, key_range, store
+from kernels.hopper_ring import copy_in, key_range, store_tile
 
 
 @gluon.jit
@@ -29,21 +29,6 @@ def _advance(cursor, step, length, window, BLOCK_M: gl.constexpr, BLOCK_N: gl.co
         m += step
         n, hi = key_range(m, BLOCK_M, length, window, BLOCK_N, WINDOW)
     return m, n, hi
-
-
-@gluon.jit
-def _store_out(o_MD, out, out_base, column, staged, first, m, num_q, stride: gl.constexpr, LAYOUT: gl.constexpr):
-    """A whole tile through shared memory and the copy engine, an example's last rows from the registers."""
-    BLOCK_M: gl.constexpr = staged.shape[0]
-    if m + BLOCK_M <= num_q:
-        staged.store(o_MD.to(staged.dtype))
-        hopper.fence_async_shared()
-        store(out, [first + m, column], staged)
-    else:
-        row_M = m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
-        d_D = gl.arange(0, staged.shape[1], gl.SliceLayout(0, LAYOUT))
-        pointers = out_base + (row_M[:, None] * stride + d_D[None, :])
-        gl.store(pointers, o_MD.to(staged.dtype), mask=(row_M < num_q)[:, None])
 
 
 @gluon.jit
@@ -199,12 +184,12 @@ def _pass(
                                    (not is_last) | there, s_RC, dp_RC)  # fmt: skip
         if KEYS:
             dx_RD, dy_RD = hopper.warpgroup_mma_wait(2, deps=[dx_sum, dy_sum])
-            _store_out(dy_RD, dy, dy_base, grad_at[1], ring.index((at - 2) % SLOTS), grad_at[0], r, num_rows,
+            store_tile(dy_RD, dy, dy_base, grad_at[1], ring.index((at - 2) % SLOTS), grad_at[0], r, num_rows,
                        stride_gt, G_LAYOUT)  # fmt: skip
             dy_sum = hopper.warpgroup_mma_init(dy_RD)
         else:
             dx_RD = hopper.warpgroup_mma_wait(2, deps=[dx_sum])
-        _store_out(dx_RD * scale, dx, dx_base, grad_at[1], ring.index((at - 1) % SLOTS), grad_at[0], r, num_rows,
+        store_tile(dx_RD * scale, dx, dx_base, grad_at[1], ring.index((at - 1) % SLOTS), grad_at[0], r, num_rows,
                    stride_gt, G_LAYOUT)  # fmt: skip
         dx_sum = hopper.warpgroup_mma_init(dx_RD)
         tile += 1  # noqa: SIM113 - Gluon knows no enumerate

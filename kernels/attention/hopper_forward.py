@@ -12,7 +12,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from kernels.hopper_ring import PRODUCER_REGISTERS, ROWS, allocate, key_range, next_item, pass_by, produce, store_tile
+from kernels.hopper_ring import (
+    PRODUCER_REGISTERS,
+    ROWS,
+    add_values,
+    allocate,
+    key_range,
+    next_item,
+    pass_by,
+    produce,
+    start_step,
+    store_tile,
+)
 
 
 @gluon.jit
@@ -106,12 +117,7 @@ def _consume(
                 p, top_M, sum_M, shrink = _softmax(s_MN, top_M, sum_M, m, own_lo, length, window, scale_log2, TYPE,
                                                    S_LAYOUT, O_LAYOUT, WINDOW)  # fmt: skip
                 for n in range(own_lo + N, own_hi, N):
-                    mbarrier.wait(k_full.index((at + 1) % SLOTS), (at + 1) // SLOTS & 1)
-                    keys = k_tiles.index((at + 1) % SLOTS).permute((1, 0))
-                    s = hopper.warpgroup_mma(queries, keys, s_MN, use_acc=False, is_async=True)
-                    mbarrier.wait(v_full.index(at % SLOTS), at // SLOTS & 1)
-                    is_first = n == own_lo + N
-                    o = hopper.warpgroup_mma(p, v_tiles.index(at % SLOTS), o, use_acc=not is_first, is_async=True)
+                    s, o = start_step(queries, p, s_MN, o, k_tiles, v_tiles, k_full, v_full, at, n == own_lo + N)
                     s_MN = hopper.warpgroup_mma_wait(1, deps=[s])
                     p_after, top_M, sum_M, shrink = _softmax(s_MN, top_M, sum_M, m, n, length, window, scale_log2, TYPE,
                                                              S_LAYOUT, O_LAYOUT, WINDOW)  # fmt: skip
@@ -121,9 +127,7 @@ def _consume(
                     mbarrier.arrive(empty.index(at % SLOTS), count=1)
                     at += 1
                 mbarrier.arrive(q_empty.index(slot), count=1)
-                mbarrier.wait(v_full.index(at % SLOTS), at // SLOTS & 1)
-                is_only = own_lo + N >= own_hi
-                o = hopper.warpgroup_mma(p, v_tiles.index(at % SLOTS), o, use_acc=not is_only, is_async=True)
+                o = add_values(p, o, v_tiles, v_full, at, own_lo + N >= own_hi)
                 row_M = m + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
                 empty_M = sum_M == 0.0
                 sum_M = gl.where(empty_M, 1.0, sum_M)
@@ -135,7 +139,8 @@ def _consume(
                 mbarrier.arrive(empty.index(at % SLOTS), count=1)
                 at += 1
                 o_MD = o_MD * part_M[:, None]
-                store_tile(o_MD, out, out_pointer, staged, h, first, m, num_q, stride_ot, stride_oh, O_LAYOUT)
+                base = out_pointer + first.to(gl.int64) * stride_ot + h * stride_oh
+                store_tile(o_MD, out, base, h * stride_oh, staged, first, m, num_q, stride_ot, O_LAYOUT)
                 at = pass_by(at, end - at, k_full, v_full, empty)
             else:
                 at = pass_by(at, end - at, k_full, v_full, empty)

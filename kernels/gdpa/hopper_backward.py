@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.gdpa.triton_activations import activate_with_slope
-from kernels.hopper_ring import add, all_warps, copy_in, give_back, store
+from kernels.hopper_ring import add, all_warps, copy_in, get, give_back, put, store, store_rows
 
 _M = gl.constexpr(64)
 _N = gl.constexpr(128)
@@ -57,9 +57,8 @@ def _describe(unit, offsets, sizes, PARTS: gl.constexpr, JAGGED: gl.constexpr):
 @gluon.jit
 def _take(units, full, empty, i):
     """The i-th unit that the producer announced."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     mbarrier.wait(full.index(i % 2), i // 2 & 1)
-    unit = gl.max(units.index(i % 2).load(LAYOUT), 0)
+    unit = get(units.index(i % 2))
     all_warps()  # have read
     mbarrier.arrive(empty.index(i % 2), count=1)
     return unit
@@ -67,9 +66,8 @@ def _take(units, full, empty, i):
 
 @gluon.jit
 def _announce(unit, units, full, empty, i):
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     mbarrier.wait(empty.index(i % 2), (i // 2 & 1) ^ 1)
-    units.index(i % 2).store(gl.full([1], 0, gl.int32, LAYOUT) + unit)
+    put(units.index(i % 2), unit)
     mbarrier.arrive(full.index(i % 2), count=1)
 
 
@@ -139,13 +137,6 @@ def _real_keys(x_NM, n, length, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _store_rows(base, x, row, limit, stride: gl.constexpr, LAYOUT: gl.constexpr):
-    r = row + gl.arange(0, x.shape[0], gl.SliceLayout(1, LAYOUT))
-    d = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
-    gl.store(base + (r[:, None] * stride + d[None, :]), x.to(base.dtype.element_ty), mask=(r < limit)[:, None])
-
-
-@gluon.jit
 def _keep_dq(dq, base, dq_MD, staged, first, column, m, num_q, adds, stride: gl.constexpr, LAYOUT: gl.constexpr):
     """Store this group's half of a tile of dQ, or add it to what the key tile before it left."""
     if (m + _M <= num_q) | adds:
@@ -161,7 +152,7 @@ def _keep_dq(dq, base, dq_MD, staged, first, column, m, num_q, adds, stride: gl.
         else:
             store(dq, [first + m, column], staged)
     else:
-        _store_rows(base, dq_MD, m, num_q, stride, LAYOUT)
+        store_rows(base, dq_MD, m, num_q, stride, LAYOUT)
 
 
 @gluon.jit
@@ -284,15 +275,15 @@ def _consume(
                 hopper.fence_async_shared()
                 store(dk, [kv_first + own_n, h * stride_gh], own_k)
             else:
-                _store_rows(dk_pointer + key_base, dk_ND, own_n, length, stride_gt, G_LAYOUT)
-                _store_rows(dv_pointer + key_base, dv_ND, own_n, length, stride_gt, G_LAYOUT)
+                store_rows(dk_pointer + key_base, dk_ND, own_n, length, stride_gt, G_LAYOUT)
+                store_rows(dv_pointer + key_base, dv_ND, own_n, length, stride_gt, G_LAYOUT)
             if num_q > 0:
                 if PLACES == 1:
                     tma.store_wait(0)
                     mbarrier.arrive(kv_empty.index(0), count=1)
                 pair += 1
         for m in range(0, gl.where(length > 0, 0, num_q), _M):
-            _store_rows(dq_base, gl.full([_M, HALF], 0.0, gl.float32, Q_LAYOUT), m, num_q, stride_gt, Q_LAYOUT)
+            store_rows(dq_base, gl.full([_M, HALF], 0.0, gl.float32, Q_LAYOUT), m, num_q, stride_gt, Q_LAYOUT)
         i += 1
         unit = _take(units, unit_full, unit_empty, i)
     tma.store_wait(0)
@@ -336,7 +327,12 @@ def _gdpa_bwd_hopper_kernel(
     units = (units, _barriers(2, 1), _barriers(2, 2))
     q_full, do_full, empty = _barriers(SLOTS, 1), _barriers(SLOTS, 1), _barriers(SLOTS, 2)
     barriers = (q_full, do_full, empty, _barriers(PLACES, 4), _barriers(PLACES, 2))
-    full_0, full_1, free_0, free_1 = _barriers(SWAPS, 1), _barriers(SWAPS, 1), _barriers(SWAPS, 1), _barriers(SWAPS, 1)
+    full_0, full_1, free_0, free_1 = (
+        _barriers(SWAPS, 1),
+        _barriers(SWAPS, 1),
+        _barriers(SWAPS, 1),
+        _barriers(SWAPS, 1),
+    )
     hopper.fence_async_shared()
     tiles = (q_tiles, do_tiles, k_tiles, v_tiles)
     made = (ds_tiles, p_tiles, dq_tiles)
