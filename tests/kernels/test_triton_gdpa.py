@@ -111,13 +111,13 @@ def test_every_variant_computes_the_same(layout: str, mode: str, late: bool, tma
 
 
 def test_long_examples_carry_dq_in_float32_beside_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.gdpa.tiles._ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr("kernels.gdpa.tiles.ENOUGH_PROGRAMS", 1)
     monkeypatch.setattr("kernels.gdpa.launch.MAX_ROUNDED_SUMS", 1)
     compare([3, 0, 50, 20], [5, 140, 0, 300], dtype=LOW)
 
 
 def test_a_wide_window_is_carried_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.gdpa.tiles._ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr("kernels.gdpa.tiles.ENOUGH_PROGRAMS", 1)
     monkeypatch.setattr("kernels.gdpa.launch.MAX_ROUNDED_SUMS", 1)
     compare([3, 0, 150], [3, 0, 150], window=100, dtype=LOW)
 
