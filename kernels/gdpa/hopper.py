@@ -45,10 +45,11 @@ def hopper_tiles(problem: Problem) -> HopperTiles | None:
 # Likewise, where one program an example and head fills the card.
 _BACKWARD: dict[tuple[str, bool], HopperRings] = {
     ("128", False): HopperRings(3, 2, 2),
-    ("256", False): HopperRings(2, 2, 2),
-    ("long", False): HopperRings(2, 2, 2),
-    ("256", True): HopperRings(2, 2, 1),
-    ("long", True): HopperRings(2, 2, 1),
+    ("256", False): HopperRings(3, 2, 2),
+    ("long", False): HopperRings(3, 2, 2),
+    ("128", True): HopperRings(3, 2, 1),
+    ("256", True): HopperRings(3, 2, 1),
+    ("long", True): HopperRings(3, 2, 1),
 }
 _ENOUGH_ELEMENTS = 2**25  # in all queries; with fewer the host takes longer than the card, and longer than for Triton's
 _ENOUGH_QUERIES = 192  # in an example, of wide heads, whose start and end cost most

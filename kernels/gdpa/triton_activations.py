@@ -108,3 +108,36 @@ def activate_with_slope(r, inner, outer, ACTIVATION: tl.constexpr, APPROX: tl.co
         tl.static_assert(ACTIVATION == "leaky_relu")
         x = r * inner
         return tl.where(x > 0.0, x, x * _LEAK) * outer, tl.where(x > 0.0, both, both * _LEAK)
+
+
+@triton.jit
+def bare_with_slope(r, inner, outer, ACTIVATION: tl.constexpr, APPROX: tl.constexpr):
+    """`activate_with_slope`, but for a factor of each that all of a tensor have in common, `slope_factors`.
+
+    The slope of gelu, with t the tanh of a: 3/2 (1 + t) ((a - 2/3 sqrt(2/pi) x) (1 - t) + 1/3) at x = inner * r.
+    """
+    if ACTIVATION == "gelu_tanh":
+        linear = _ROOT_2_OVER_PI * inner
+        a = r * (r * r * (linear * _CUBIC * inner * inner) + linear)
+        t = _tanh(a, APPROX)
+        g = r * (linear * (-2.0 / 3.0)) + a
+        z = g * (1.0 - t) + (1.0 / 3.0)
+        return r * t + r, z * t + z
+    elif ACTIVATION == "silu":
+        a = r * (0.5 * inner)
+        t = _tanh(a, APPROX)
+        z = a * (1.0 - t) + 1.0
+        return r * t + r, z * t + z
+    else:
+        return activate_with_slope(r, inner, outer, ACTIVATION, APPROX)
+
+
+@triton.jit
+def slope_factors(inner, outer, ACTIVATION: tl.constexpr):
+    """What value and slope of `bare_with_slope` lack."""
+    if ACTIVATION == "gelu_tanh":
+        return 0.5 * inner * outer, 1.5 * inner * outer
+    elif ACTIVATION == "silu":
+        return 0.5 * inner * outer, 0.5 * inner * outer
+    else:
+        return inner * 0.0 + 1.0, inner * 0.0 + 1.0

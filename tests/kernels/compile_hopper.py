@@ -38,7 +38,11 @@ CASES = [  # width, dense keys, window, activation
 BACKWARD_CASES = [  # width, dense keys, activation
     (64, None, "gelu_tanh"),
     (64, 128, "silu"),
+    (64, None, "gelu"),
+    (64, 256, "identity"),
     (128, 256, "gelu_tanh"),
+    (128, 128, "relu_square"),
+    (128, None, "silu"),
 ]
 SOFTMAX_CASES = [  # width, seeds, window
     (64, None, 100),
@@ -74,7 +78,8 @@ def compile_backward(width: int, keys: int | None, activation: str) -> str:
     assert rings is not None
     constants = {
         "D": width, "SLOTS": rings.slots, "SWAPS": rings.swaps, "PLACES": rings.places,
-        "PARTS": 2 if keys == 256 else 1, "JAGGED": keys is None, "ACTIVATION": activation, "APPROX": True,
+        "PARTS": 2 if (width, keys) == (128, 256) else 1, "JAGGED": keys is None, "ACTIVATION": activation,
+        "APPROX": True,
     }  # fmt: skip
     described = dict.fromkeys(("q", "k", "v", "do", "dk", "dv"), descriptor(ROWS, width))
     return build(_gdpa_bwd_hopper_kernel, described | {"dq": descriptor(ROWS, width // 2)}, constants)

@@ -36,7 +36,7 @@ def test_kernels_compile_without_spills_and_with_products_in_flight() -> None:
     )
     assert report.returncode == 0, report.stderr[-2000:]
     cases = report.stdout.split("case ")[1:]
-    assert len(cases) == 6 + 3 + 11
+    assert len(cases) == 6 + 7 + 11
     for case in cases:
         assert "serialized" not in case, case
         spilled = int(re.findall(r"(\d+) bytes spill stores", case)[0])
@@ -77,12 +77,13 @@ def test_what_it_cannot_take_is_left_to_triton(dtype: torch.dtype, width: int) -
 @pytest.mark.parametrize("width", [64, 128])
 def test_backward_rings_fit_shared_memory_and_let_the_groups_be_apart(width: int, keys: int | None) -> None:
     rings = hopper_rings(Problem(torch.bfloat16, 700, 3, width, 700 * 256, keys, None))
-    assert rings is not None or keys in (1, 65, 128)
+    assert rings is not None or keys == 1
     if rings is not None:
         rows = 64 * (2 * rings.slots + 4 * rings.places + 1) * width
         scores = 64 * 64 * (2 * rings.swaps + (2 if width == 128 else 0))
         assert 2 * (rows + scores) + 2048 <= 227 * 1024
         assert rings.swaps == 2
+        assert rings.slots >= 3  # the scores of the next tile start while the one before is still read
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""Units of work of GDPA's backward on Hopper, and the warp that hands them out and has their tiles copied."""
+
+# mypy: disable-error-code="no-untyped-def"
+# Device code: Gluon gives the arguments their types at launch.
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from kernels.hopper_ring import all_warps, copy_in, get, give_back, put
+
+M = gl.constexpr(64)  # queries of a tile
+N = gl.constexpr(128)  # keys of a tile
+
+
+@gluon.jit
+def barriers_of(NUMBER: gl.constexpr, COUNT: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(barriers.index(i), count=COUNT)
+    return barriers
+
+
+@gluon.jit
+def describe(unit, offsets, sizes, PARTS: gl.constexpr, JAGGED: gl.constexpr):
+    """Head, first row and number of queries and of keys, first and end of the unit's keys.
+
+    An example of more keys than `longest` has none, and no queries.
+    """
+    q_offsets, kv_offsets = offsets
+    num_heads, num_kv, longest = sizes
+    item = unit // PARTS
+    b, h = item // num_heads, item % num_heads
+    first = gl.load(q_offsets + b)
+    num_q = gl.load(q_offsets + b + 1) - first
+    kv_first, length = b * num_kv, num_kv
+    if JAGGED:
+        kv_first = gl.load(kv_offsets + b)
+        length = gl.load(kv_offsets + b + 1) - kv_first
+        num_q = gl.where(length <= longest, num_q, 0)
+        length = gl.where(length <= longest, length, 0)
+    n_first, n_end = 0, length
+    if PARTS > 1:
+        n_first = unit % PARTS * N
+        n_end = gl.minimum(length, n_first + N)
+    return h, first, num_q, kv_first, length, n_first, n_end
+
+
+@gluon.jit
+def take(units, i):
+    """The i-th unit that the producer announced."""
+    places, full, empty = units
+    mbarrier.wait(full.index(i % 2), i // 2 & 1)
+    unit = get(places.index(i % 2))
+    all_warps()  # have read
+    mbarrier.arrive(empty.index(i % 2), count=1)
+    return unit
+
+
+@gluon.jit
+def _announce(unit, units, i):
+    places, full, empty = units
+    mbarrier.wait(empty.index(i % 2), (i // 2 & 1) ^ 1)
+    put(places.index(i % 2), unit)
+    mbarrier.arrive(full.index(i % 2), count=1)
+
+
+@gluon.jit
+def produce(
+    q, k, v, do, counter, offsets, sizes, num_units, units, tiles, barriers,
+    stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
+    PARTS: gl.constexpr, JAGGED: gl.constexpr,
+):  # fmt: skip
+    """One warp: hands out units, the next one from a counter, and asks the copy engine for all tiles."""
+    q_tiles, do_tiles, k_tiles, v_tiles = tiles
+    q_full, do_full, empty, kv_full, kv_empty = barriers
+    SLOTS: gl.constexpr = q_tiles.shape[0]
+    PLACES: gl.constexpr = k_tiles.shape[0] // 2
+    t = 0  # query tiles so far
+    pair = 0  # key tiles so far
+    i = 0
+    unit = gl.program_id(0)
+    _announce(unit, units, i)
+    while unit < num_units:
+        h, first, num_q, kv_first, _, n_first, n_end = describe(unit, offsets, sizes, PARTS, JAGGED)
+        if num_q == 0:
+            n_end = n_first
+        for n in range(n_first, n_end, N):
+            at = pair % PLACES
+            mbarrier.wait(kv_empty.index(at), (pair // PLACES & 1) ^ 1)
+            for c in gl.static_range(2):
+                copy_in(k, kv_first + n + c * 64, h * stride_kh, kv_full.index(at), k_tiles.index(2 * at + c), True)
+                copy_in(v, kv_first + n + c * 64, h * stride_vh, kv_full.index(at), v_tiles.index(2 * at + c), True)
+            pair += 1
+            for m in range(0, num_q, M):
+                slot = t % SLOTS
+                mbarrier.wait(empty.index(slot), (t // SLOTS & 1) ^ 1)
+                copy_in(q, first + m, h * stride_qh, q_full.index(slot), q_tiles.index(slot), True)
+                copy_in(do, first + m, h * stride_doh, do_full.index(slot), do_tiles.index(slot), True)
+                t += 1
+        # Not earlier: a program that is busy would keep a unit from the others.
+        i += 1
+        unit = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        _announce(unit, units, i)
+    give_back(counter)
