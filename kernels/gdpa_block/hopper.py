@@ -18,6 +18,7 @@ class BlockTiles:
 
     ring: HopperTiles
     queries: int
+    together: bool = True
 
 
 _FORWARD: dict[int, BlockTiles] = {
@@ -27,11 +28,10 @@ _FORWARD: dict[int, BlockTiles] = {
 
 
 def forward_on_hopper(
-    s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: tuple[Tensor, Tensor, Tensor],
+    s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, out: Tensor, rms: Tensor,
     activation: str, inner: float, outer: float, tiles: BlockTiles,
 ) -> bool:  # fmt: skip
-    """Fill out and each row's mean, 1 / deviation and 1 / root mean square; False, with nothing done, where a tensor's
-    layout forbids it."""
+    """Fill out and each row's 1 / root mean square; False, with nothing done, where a tensor's layout forbids it."""
     ring = tiles.ring
     engine = described((s, k, v, out), (ROWS, ring.block_n, ring.block_n, ROWS))
     if engine is None:
@@ -44,9 +44,9 @@ def forward_on_hopper(
     boxes = torch.zeros(teams * ring.groups * 6 * ROWS * num_heads + 1, dtype=torch.int64, device=s.device)
     launch(
         _gdpa_block_fwd_hopper_kernel, (teams * num_heads,),
-        *engine, out, *statistics, offsets, boxes[-1:].view(torch.int32), boxes, num_rows, k.shape[0], k.shape[1], teams,
+        *engine, out, rms, offsets, boxes[-1:].view(torch.int32), boxes, num_rows, k.shape[0], k.shape[1], teams,
         inner, outer,
         D=width, H=num_heads, BLOCK_N=ring.block_n, SLOTS=ring.slots, S_SLOTS=tiles.queries, GROUPS=ring.groups,
-        REGISTERS=ring.registers, ACTIVATION=activation, APPROX=True, num_warps=4,
+        REGISTERS=ring.registers, TOGETHER=tiles.together, ACTIVATION=activation, APPROX=True, num_warps=4,
     )  # fmt: skip
     return True

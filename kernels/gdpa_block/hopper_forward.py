@@ -18,8 +18,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.gdpa.hopper_forward import weights
-from kernels.gdpa.triton_activations import bare_factor
-from kernels.gdpa_block.hopper_mailbox import post, post_pair, read, read_pair
+from kernels.gdpa_block.hopper_mailbox import post, post_pair, read, read_pair, read_pair_and_one
 from kernels.hopper_ring import (
     PRODUCER_REGISTERS,
     ROWS,
@@ -27,7 +26,6 @@ from kernels.hopper_ring import (
     all_warps,
     copy_in,
     get,
-    pass_by,
     put,
     start_step,
     store,
@@ -101,10 +99,8 @@ def _produce(
             slot = tile % S_SLOTS
             mbarrier.wait(s_empty.index(slot), (tile // S_SLOTS & 1) ^ 1)
             for group in gl.static_range(GROUPS):
-                row = m + group * ROWS
-                full = s_full.index(slot * GROUPS + group)
-                mbarrier.arrive(full, count=1, pred=row >= num_q)
-                copy_in(s, first + row, h * D, full, s_tiles.index(slot * GROUPS + group), row < num_q)
+                place = slot * GROUPS + group
+                copy_in(s, first + m + group * ROWS, h * D, s_full.index(place), s_tiles.index(place), True)
             tile += 1
             for n in range(0, num_kv, N):
                 slot = at % SLOTS
@@ -118,129 +114,127 @@ def _produce(
 
 
 @gluon.jit
-def _post_sums(box, h, turn, s_tile, full, phase, D: gl.constexpr, H: gl.constexpr, LAYOUT: gl.constexpr):
-    """Tell the team this head's share of LayerNorm's sums, of the tile in shared memory: sum, and squares around its
-    own mean, which lose nothing where a row's mean is far from 0."""
+def _post_sums(box, zero, h, turn, s_tile, full, phase, D: gl.constexpr, H: gl.constexpr, LAYOUT: gl.constexpr):
+    """Tell the team this head's share of LayerNorm's sums: the sum, and squares around the head's own mean, which lose
+    nothing where a row's mean is far from 0."""
     mbarrier.wait(full, phase)
     x_MD = s_tile.load(LAYOUT).to(gl.float32)
     sum_M = gl.sum(x_MD, 1)
     around_MD = x_MD - (sum_M * (1.0 / D))[:, None]
-    post_pair(box, h, turn, sum_M, gl.sum(around_MD * around_MD, 1), H)
+    post_pair(box, zero, h, turn, sum_M, gl.sum(around_MD * around_MD, 1), H)
 
 
 @gluon.jit
-def _mean_and_rstd(box, turn, D: gl.constexpr, H: gl.constexpr, LAYOUT: gl.constexpr):
-    sum_MH, squares_MH = read_pair(box, turn, H)
+def _mean_and_rstd(sum_MH, squares_MH, D: gl.constexpr, H: gl.constexpr):
     mean_M = gl.sum(sum_MH, 1) * (1.0 / (H * D))
     apart_MH = sum_MH * (1.0 / D) - mean_M[:, None]
     head_H = gl.arange(0, sum_MH.shape[1], gl.SliceLayout(0, sum_MH.type.layout))
     apart_MH = gl.where((head_H < H)[None, :], apart_MH, 0.0)
     variance_M = gl.sum(squares_MH + apart_MH * apart_MH * D, 1) * (1.0 / (H * D))
-    rstd_M = 1.0 / gl.sqrt(variance_M + _EPS)
-    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    return gl.convert_layout(mean_M, ROW), gl.convert_layout(rstd_M, ROW)
+    return mean_M, gl.rsqrt(variance_M + _EPS)
+
+
+@gluon.jit
+def _finish(
+    out, out_pointer, rms, g_MD, squares_MH, s_tile, row, left, h,
+    D: gl.constexpr, H: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """RMSNorm and the outer residual of a tile, stored from the place of S; none if no rows are left."""
+    W: gl.constexpr = H * D
+    # Plus 0 that changes with the row for all the compiler knows: addresses are computed where they are used.
+    m = GROUP * ROWS + (row >> 31)
+    rms_M = gl.convert_layout(gl.rsqrt(gl.sum(squares_MH, 1) * (1.0 / W) + _EPS), gl.SliceLayout(1, LAYOUT))
+    out_MD = g_MD * rms_M[:, None] + s_tile.load(LAYOUT).to(gl.float32)
+    if left >= m + ROWS:
+        s_tile.store(out_MD.to(s_tile.dtype))
+        hopper.fence_async_shared()
+        store(out, [row + m, h * D], s_tile)
+    else:
+        store_rows(out_pointer + row.to(gl.int64) * W + h * D, out_MD, m, left, W, LAYOUT)
+    if h == 0:
+        r_M = m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+        gl.store(rms + row + r_M, rms_M, mask=r_M < left)
 
 
 @gluon.jit
 def _consume(
-    out, out_pointer, statistics, num_kv, inner, outer, h, boxes, tiles, barriers, news,
-    D: gl.constexpr, H: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
+    out, out_pointer, rms, num_kv, inner, outer, h, boxes, tiles, barriers, news,
+    D: gl.constexpr, H: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, TOGETHER: gl.constexpr,
     ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     """One group: 64 rows of every query tile of the team."""
-    mean, rstd, rms = statistics
     s_tiles, q_tiles, k_tiles, v_tiles = tiles
     s_full, s_empty, k_full, v_full, kv_empty = barriers
     S_SLOTS: gl.constexpr = s_tiles.shape[0] // GROUPS
     SLOTS: gl.constexpr = k_tiles.shape[0]
     N: gl.constexpr = k_tiles.shape[1]
     TYPE: gl.constexpr = s_tiles.dtype
-    BARE: gl.constexpr = TYPE == gl.bfloat16  # the range of fp16 is small
-    W: gl.constexpr = H * D
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    m: gl.constexpr = GROUP * ROWS
     sums_box, squares_box = boxes
     queries = q_tiles.index(GROUP)
     tile = 0
     at = 0
-    turn = 0  # tiles of this group so far
+    row_before, left_before = 0, 0
+    g_MD = gl.full([ROWS, D], 0.0, gl.float32, O_LAYOUT)
     row, left = _next_tile(news, tile)
-    if left > GROUP * ROWS:
-        _post_sums(sums_box, h, turn, s_tiles.index(GROUP), s_full.index(GROUP), 0, D, H, O_LAYOUT)
     while left > 0:
-        slot = tile % S_SLOTS
-        after, phase = (tile + 1) % S_SLOTS, (tile + 1) // S_SLOTS & 1
-        if left > GROUP * ROWS:
-            s_tile = s_tiles.index(slot * GROUPS + GROUP)
-            mean_M, rstd_M = _mean_and_rstd(sums_box, turn, D, H, O_LAYOUT)
-            x_MD = s_tile.load(O_LAYOUT).to(gl.float32)
-            queries.store(((x_MD - mean_M[:, None]) * rstd_M[:, None]).to(TYPE))
-            hopper.fence_async_shared()
-            all_warps()
-            # Through a wait: registers of a product must be written before the first one is in flight.
-            o_MD = gl.full([ROWS, D], 0.0, gl.float32, O_LAYOUT)
-            s_MN = gl.full([ROWS, N], 0.0, gl.float32, S_LAYOUT)
-            o_MD, s_MN = hopper.warpgroup_mma_wait(0, deps=[o_MD, s_MN])
+        # 0 that changes with the row for all the compiler knows: addresses are computed where they are used.
+        zero = row >> 31
+        place = tile % S_SLOTS * GROUPS + GROUP
+        slot_before = (tile + S_SLOTS - 1) % S_SLOTS
+        s_tile, before = s_tiles.index(place), s_tiles.index(slot_before * GROUPS + GROUP)
+        _post_sums(sums_box, zero, h, tile, s_tile, s_full.index(place), tile // S_SLOTS & 1, D, H, O_LAYOUT)
+        if TOGETHER:
+            sum_MH, around_MH, squares_MH = read_pair_and_one(sums_box, tile, squares_box, zero, tile - 1, H)
+            _finish(out, out_pointer, rms, g_MD, squares_MH, before, row_before, left_before, h,
+                    D, H, GROUP, O_LAYOUT)  # fmt: skip
+        else:
+            squares_MH = read(squares_box, row_before >> 31, tile - 1, H)
+            _finish(out, out_pointer, rms, g_MD, squares_MH, before, row_before, left_before, h,
+                    D, H, GROUP, O_LAYOUT)  # fmt: skip
+            sum_MH, around_MH = read_pair(sums_box, zero, tile, H)
+        mean_M, rstd_M = _mean_and_rstd(sum_MH, around_MH, D, H)
+        scale_M, shift_M = gl.convert_layout(rstd_M, ROW_LAYOUT), gl.convert_layout(mean_M * rstd_M, ROW_LAYOUT)
+        o_MD = s_tile.load(O_LAYOUT).to(gl.float32) * scale_M[:, None] - shift_M[:, None]
+        queries.store(o_MD.to(TYPE))
+        hopper.fence_async_shared()
+        all_warps()
+        # The queries are the sum's first term. Through a wait: registers of a product must be written before the first
+        # one is in flight.
+        s_MN = gl.full([ROWS, N], 0.0, gl.float32, S_LAYOUT)
+        o_MD, s_MN = hopper.warpgroup_mma_wait(0, deps=[o_MD, s_MN])
+        o = hopper.warpgroup_mma_init(o_MD)
+        mbarrier.wait(k_full.index(at % SLOTS), at // SLOTS & 1)
+        keys = k_tiles.index(at % SLOTS).permute((1, 0))
+        s = hopper.warpgroup_mma(queries, keys, s_MN, use_acc=False, is_async=True)
+        tma.store_wait(0)  # of the tile before, which has left its place
+        mbarrier.arrive(s_empty.index(slot_before), count=1, pred=tile > 0)
+        s_MN = hopper.warpgroup_mma_wait(0, deps=[s])
+        p = weights(s_MN, 0, 0, num_kv, 0, inner, outer, TYPE, S_LAYOUT, O_LAYOUT, False, ACTIVATION, APPROX, False)
+        for n in range(N, num_kv, N):
+            s, o = start_step(queries, p, s_MN, o, k_tiles, v_tiles, k_full, v_full, at, False)
+            s_MN = hopper.warpgroup_mma_wait(1, deps=[s])
+            p_after = weights(s_MN, 0, n, num_kv, 0, inner, outer, TYPE, S_LAYOUT, O_LAYOUT,
+                              False, ACTIVATION, APPROX, False)  # fmt: skip
+            o_MD, p = hopper.warpgroup_mma_wait(0, deps=[o, p])
             o = hopper.warpgroup_mma_init(o_MD)
-            mbarrier.wait(k_full.index(at % SLOTS), at // SLOTS & 1)
-            keys = k_tiles.index(at % SLOTS).permute((1, 0))
-            s = hopper.warpgroup_mma(queries, keys, s_MN, use_acc=False, is_async=True)
-            tma.store_wait(0)  # of the tile before, which has left its place
-            mbarrier.arrive(s_empty.index((tile + S_SLOTS - 1) % S_SLOTS), count=1, pred=tile > 0)
-            s_MN = hopper.warpgroup_mma_wait(0, deps=[s])
-            p = weights(s_MN, 0, 0, num_kv, 0, inner, outer, TYPE, S_LAYOUT, O_LAYOUT, False, ACTIVATION, APPROX, BARE)
-            for n in range(N, num_kv, N):
-                s, o = start_step(queries, p, s_MN, o, k_tiles, v_tiles, k_full, v_full, at, n == N)
-                s_MN = hopper.warpgroup_mma_wait(1, deps=[s])
-                p_after = weights(s_MN, 0, n, num_kv, 0, inner, outer, TYPE, S_LAYOUT, O_LAYOUT,
-                                  False, ACTIVATION, APPROX, BARE)  # fmt: skip
-                o_MD, p = hopper.warpgroup_mma_wait(0, deps=[o, p])
-                o = hopper.warpgroup_mma_init(o_MD)
-                p = p_after
-                mbarrier.arrive(kv_empty.index(at % SLOTS), count=1)
-                at += 1
-            o = add_values(p, o, v_tiles, v_full, at, N >= num_kv)
-            o_MD = hopper.warpgroup_mma_wait(0, deps=[o])
+            p = p_after
             mbarrier.arrive(kv_empty.index(at % SLOTS), count=1)
             at += 1
-            if BARE:
-                o_MD = o_MD * bare_factor(inner, outer, ACTIVATION)
-            x_MD = s_tile.load(O_LAYOUT).to(gl.float32)
-            g_MD = o_MD + (x_MD - mean_M[:, None]) * rstd_M[:, None]
-            post(squares_box, h, turn, gl.sum(g_MD * g_MD, 1), H)
-            row_after, left_after = _next_tile(news, tile + 1)
-            if left_after > GROUP * ROWS:
-                _post_sums(sums_box, h, turn + 1, s_tiles.index(after * GROUPS + GROUP),
-                           s_full.index(after * GROUPS + GROUP), phase, D, H, O_LAYOUT)  # fmt: skip
-            squares_M = gl.sum(read(squares_box, turn, H), 1)
-            rms_M = gl.convert_layout(1.0 / gl.sqrt(squares_M * (1.0 / W) + _EPS), gl.SliceLayout(1, O_LAYOUT))
-            out_MD = g_MD * rms_M[:, None] + s_tile.load(O_LAYOUT).to(gl.float32)
-            base = out_pointer + row.to(gl.int64) * W + h * D
-            if left >= (GROUP + 1) * ROWS:
-                all_warps()
-                s_tile.store(out_MD.to(TYPE))
-                hopper.fence_async_shared()
-                store(out, [row + GROUP * ROWS, h * D], s_tile)
-            else:
-                store_rows(base, out_MD, GROUP * ROWS, left, W, O_LAYOUT)
-            if h == 0:
-                r_M = GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, O_LAYOUT))
-                gl.store(mean + row + r_M, mean_M, mask=r_M < left)
-                gl.store(rstd + row + r_M, rstd_M, mask=r_M < left)
-                gl.store(rms + row + r_M, rms_M, mask=r_M < left)
-            turn += 1
-            all_warps()
-        else:
-            tma.store_wait(0)
-            mbarrier.arrive(s_empty.index((tile + S_SLOTS - 1) % S_SLOTS), count=1, pred=tile > 0)
-            mbarrier.wait(s_full.index(slot * GROUPS + GROUP), tile // S_SLOTS & 1)
-            at = pass_by(at, gl.cdiv(num_kv, N), k_full, v_full, kv_empty)
-            row_after, left_after = _next_tile(news, tile + 1)
-            if left_after > GROUP * ROWS:
-                _post_sums(sums_box, h, turn, s_tiles.index(after * GROUPS + GROUP),
-                           s_full.index(after * GROUPS + GROUP), phase, D, H, O_LAYOUT)  # fmt: skip
-        row, left = row_after, left_after
+        o = add_values(p, o, v_tiles, v_full, at, False)
+        g_MD = hopper.warpgroup_mma_wait(0, deps=[o])
+        mbarrier.arrive(kv_empty.index(at % SLOTS), count=1)
+        at += 1
+        post(squares_box, zero, h, tile, gl.sum(g_MD * g_MD, 1), H)
+        row_before, left_before = row, left
         tile += 1
+        row, left = _next_tile(news, tile)
+    last = s_tiles.index((tile + S_SLOTS - 1) % S_SLOTS * GROUPS + GROUP)
+    squares_MH = read(squares_box, row_before >> 31, tile - 1, H)
+    _finish(out, out_pointer, rms, g_MD, squares_MH, last, row_before, left_before, h, D, H, GROUP, O_LAYOUT)
     tma.store_wait(0)
 
 
@@ -254,10 +248,10 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_rows", "num_examples", "num_teams"])
 def _gdpa_block_fwd_hopper_kernel(
-    s, k, v, out, out_pointer, mean, rstd, rms, offsets, tickets, boxes, num_rows, num_examples, num_kv, num_teams,
+    s, k, v, out, out_pointer, rms, offsets, tickets, boxes, num_rows, num_examples, num_kv, num_teams,
     inner, outer,
     D: gl.constexpr, H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, S_SLOTS: gl.constexpr,
-    GROUPS: gl.constexpr, REGISTERS: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
+    GROUPS: gl.constexpr, REGISTERS: gl.constexpr, TOGETHER: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     """s, k, v and out are the copy engine's descriptors, of 64 rows (s, out) and BLOCK_N rows (k, v).
 
@@ -276,7 +270,6 @@ def _gdpa_block_fwd_hopper_kernel(
     hopper.fence_async_shared()
     tiles = (s_tiles, q_tiles, k_tiles, v_tiles)
     barriers = (s_full, s_empty, k_full, v_full, kv_empty)
-    statistics = (mean, rstd, rms)
     ticket = gl.atomic_add(tickets, 1)
     team, h = ticket // H, ticket % H
     # A box a group, for sums (two numbers a row and head) and for squares (one), of two turns.
@@ -285,12 +278,12 @@ def _gdpa_block_fwd_hopper_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (out, out_pointer, statistics, num_kv, inner, outer, h,
-                            (own, own + 2 * BOX), tiles, barriers, news,
-                            D, H, 0, GROUPS, ACTIVATION, APPROX)),
-                (_consume, (out, out_pointer, statistics, num_kv, inner, outer, h,
+                (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
+                            (own + 0 * BOX, own + 2 * BOX), tiles, barriers, news,
+                            D, H, 0, GROUPS, TOGETHER, ACTIVATION, APPROX)),
+                (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 3 * BOX, own + 5 * BOX), tiles, barriers, news,
-                            D, H, 1, GROUPS, ACTIVATION, APPROX)),
+                            D, H, 1, GROUPS, TOGETHER, ACTIVATION, APPROX)),
                 (_produce, (s, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h,
                             tiles, barriers, news, D, GROUPS)),
             ],
@@ -299,15 +292,15 @@ def _gdpa_block_fwd_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (out, out_pointer, statistics, num_kv, inner, outer, h,
-                            (own, own + 2 * BOX), tiles, barriers, news,
-                            D, H, 0, GROUPS, ACTIVATION, APPROX)),
-                (_consume, (out, out_pointer, statistics, num_kv, inner, outer, h,
+                (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
+                            (own + 0 * BOX, own + 2 * BOX), tiles, barriers, news,
+                            D, H, 0, GROUPS, TOGETHER, ACTIVATION, APPROX)),
+                (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 3 * BOX, own + 5 * BOX), tiles, barriers, news,
-                            D, H, 1, GROUPS, ACTIVATION, APPROX)),
-                (_consume, (out, out_pointer, statistics, num_kv, inner, outer, h,
+                            D, H, 1, GROUPS, TOGETHER, ACTIVATION, APPROX)),
+                (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 6 * BOX, own + 8 * BOX), tiles, barriers, news,
-                            D, H, 2, GROUPS, ACTIVATION, APPROX)),
+                            D, H, 2, GROUPS, TOGETHER, ACTIVATION, APPROX)),
                 (_produce, (s, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h,
                             tiles, barriers, news, D, GROUPS)),
             ],
