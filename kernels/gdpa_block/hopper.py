@@ -1,4 +1,4 @@
-"""Launches of the GDPA block's Gluon kernels on Hopper: where they run, and their tiles."""
+"""Launch of the GDPA block's Gluon kernel on Hopper: where it runs, and its tiles."""
 
 from __future__ import annotations
 
@@ -7,32 +7,57 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.gdpa.tiles import Problem
 from kernels.hopper import ROWS, HopperTiles, described, multiprocessors
-
-_MOST_HEADS = 16  # of a team
 
 
 @dataclass(frozen=True, slots=True)
 class BlockTiles:
-    """Tiles of GDPA's forward, and query tiles on chip a group."""
+    """Tiles as of GDPA's forward, and query tiles on chip a group."""
 
     ring: HopperTiles
     queries: int
-    together: bool = True
+    together: bool = False
+    peek: bool = False
 
 
-_FORWARD: dict[int, BlockTiles] = {
-    64: BlockTiles(HopperTiles(3, 64, 6), 3),
-    128: BlockTiles(HopperTiles(2, 64, 4), 2),
+# By (class of keys, width), where it measured faster than three kernels on an H100.
+_FORWARD: dict[tuple[str, int], BlockTiles] = {
+    ("128", 64): BlockTiles(HopperTiles(2, 64, 6), 4),
+    ("64", 128): BlockTiles(HopperTiles(2, 64, 3), 3),
+    ("128", 128): BlockTiles(HopperTiles(2, 64, 3), 3),
+    ("256", 128): BlockTiles(HopperTiles(2, 64, 3), 3),
 }
+_MOST_HEADS = 16  # of a team
+_ENOUGH_ELEMENTS = 2**25  # in all rows; with fewer, teams have few tiles each
+_ENOUGH_QUERIES = 192  # in an example: a team takes two or three tiles of 64 rows at once, if they are full or not
+
+
+def forward_tiles(s: Tensor, k: Tensor, activation: str) -> BlockTiles | None:
+    """None: three kernels are faster, or this one cannot take the problem."""
+    rows, num_heads, width = s.shape
+    num_examples = k.shape[0]
+    problem = Problem(k.dtype, num_examples, num_heads, width, rows, k.shape[1], None)
+    if s.dtype != k.dtype or not problem.low_precision or num_heads > _MOST_HEADS or len(set(activation.split(","))) > 1:
+        return None
+    if rows < _ENOUGH_QUERIES * num_examples or s.numel() < _ENOUGH_ELEMENTS:
+        return None
+    return _FORWARD.get((problem.key_class, width))
 
 
 def forward_on_hopper(
     s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, out: Tensor, rms: Tensor,
-    activation: str, inner: float, outer: float, tiles: BlockTiles,
+    activation: str, inner: float, outer: float, tiles: BlockTiles | None = None,
 ) -> bool:  # fmt: skip
-    """Fill out and each row's 1 / root mean square; False, with nothing done, where a tensor's layout forbids it."""
-    ring = tiles.ring
+    """Fill out and each row's 1 / root mean square. False, with nothing done, where three kernels are faster, or a
+    tensor's layout forbids it.
+
+    tiles: for measurements. Default: None, by the rule.
+    """
+    tiles = tiles or forward_tiles(s, k, activation)
+    if tiles is None:
+        return False
+    ring, k, v = tiles.ring, k.contiguous(), v.contiguous()
     engine = described((s, k, v, out), (ROWS, ring.block_n, ring.block_n, ROWS))
     if engine is None:
         return False
@@ -47,6 +72,7 @@ def forward_on_hopper(
         *engine, out, rms, offsets, boxes[-1:].view(torch.int32), boxes, num_rows, k.shape[0], k.shape[1], teams,
         inner, outer,
         D=width, H=num_heads, BLOCK_N=ring.block_n, SLOTS=ring.slots, S_SLOTS=tiles.queries, GROUPS=ring.groups,
-        REGISTERS=ring.registers, TOGETHER=tiles.together, ACTIVATION=activation, APPROX=True, num_warps=4,
+        REGISTERS=ring.registers, TOGETHER=tiles.together, PEEK=tiles.peek, ACTIVATION=activation.split(",")[0], APPROX=True,
+        num_warps=4,
     )  # fmt: skip
     return True

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.gdpa.hopper_forward import weights
-from kernels.gdpa_block.hopper_mailbox import post, post_pair, read, read_pair, read_pair_and_one
+from kernels.gdpa_block.hopper_mailbox import peek_pair, post, post_pair, read, read_pair, read_pair_and_one, read_peeked_pair
 from kernels.hopper_ring import (
     PRODUCER_REGISTERS,
     ROWS,
@@ -159,7 +159,7 @@ def _finish(
 @gluon.jit
 def _consume(
     out, out_pointer, rms, num_kv, inner, outer, h, boxes, tiles, barriers, news,
-    D: gl.constexpr, H: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, TOGETHER: gl.constexpr,
+    D: gl.constexpr, H: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, TOGETHER: gl.constexpr, PEEK: gl.constexpr,
     ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     """One group: 64 rows of every query tile of the team."""
@@ -193,9 +193,14 @@ def _consume(
                     D, H, GROUP, O_LAYOUT)  # fmt: skip
         else:
             squares_MH = read(squares_box, row_before >> 31, tile - 1, H)
+            if PEEK:
+                words = peek_pair(sums_box, zero, tile, H)
             _finish(out, out_pointer, rms, g_MD, squares_MH, before, row_before, left_before, h,
                     D, H, GROUP, O_LAYOUT)  # fmt: skip
-            sum_MH, around_MH = read_pair(sums_box, zero, tile, H)
+            if PEEK:
+                sum_MH, around_MH = read_peeked_pair(words, sums_box, zero, tile, H)
+            else:
+                sum_MH, around_MH = read_pair(sums_box, zero, tile, H)
         mean_M, rstd_M = _mean_and_rstd(sum_MH, around_MH, D, H)
         scale_M, shift_M = gl.convert_layout(rstd_M, ROW_LAYOUT), gl.convert_layout(mean_M * rstd_M, ROW_LAYOUT)
         o_MD = s_tile.load(O_LAYOUT).to(gl.float32) * scale_M[:, None] - shift_M[:, None]
@@ -251,7 +256,7 @@ def _gdpa_block_fwd_hopper_kernel(
     s, k, v, out, out_pointer, rms, offsets, tickets, boxes, num_rows, num_examples, num_kv, num_teams,
     inner, outer,
     D: gl.constexpr, H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, S_SLOTS: gl.constexpr,
-    GROUPS: gl.constexpr, REGISTERS: gl.constexpr, TOGETHER: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
+    GROUPS: gl.constexpr, REGISTERS: gl.constexpr, TOGETHER: gl.constexpr, PEEK: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     """s, k, v and out are the copy engine's descriptors, of 64 rows (s, out) and BLOCK_N rows (k, v).
 
@@ -280,10 +285,10 @@ def _gdpa_block_fwd_hopper_kernel(
             [
                 (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 0 * BOX, own + 2 * BOX), tiles, barriers, news,
-                            D, H, 0, GROUPS, TOGETHER, ACTIVATION, APPROX)),
+                            D, H, 0, GROUPS, TOGETHER, PEEK, ACTIVATION, APPROX)),
                 (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 3 * BOX, own + 5 * BOX), tiles, barriers, news,
-                            D, H, 1, GROUPS, TOGETHER, ACTIVATION, APPROX)),
+                            D, H, 1, GROUPS, TOGETHER, PEEK, ACTIVATION, APPROX)),
                 (_produce, (s, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h,
                             tiles, barriers, news, D, GROUPS)),
             ],
@@ -294,13 +299,13 @@ def _gdpa_block_fwd_hopper_kernel(
             [
                 (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 0 * BOX, own + 2 * BOX), tiles, barriers, news,
-                            D, H, 0, GROUPS, TOGETHER, ACTIVATION, APPROX)),
+                            D, H, 0, GROUPS, TOGETHER, PEEK, ACTIVATION, APPROX)),
                 (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 3 * BOX, own + 5 * BOX), tiles, barriers, news,
-                            D, H, 1, GROUPS, TOGETHER, ACTIVATION, APPROX)),
+                            D, H, 1, GROUPS, TOGETHER, PEEK, ACTIVATION, APPROX)),
                 (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 6 * BOX, own + 8 * BOX), tiles, barriers, news,
-                            D, H, 2, GROUPS, TOGETHER, ACTIVATION, APPROX)),
+                            D, H, 2, GROUPS, TOGETHER, PEEK, ACTIVATION, APPROX)),
                 (_produce, (s, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h,
                             tiles, barriers, news, D, GROUPS)),
             ],

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kernels.gdpa import launch as gdpa_launch
 from kernels.gdpa_block import triton_kernels
+from kernels.gdpa_block.hopper import forward_on_hopper
+from kernels.hopper import is_hopper
 from kernels.jagged import accumulator
 from kernels.launcher import launch, needs_gradient
 
@@ -47,11 +49,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output, and each row's 1 / root mean square before the outer residual (T)."""
     s = s.contiguous()
+    out = torch.empty_like(s)
+    rms = torch.empty(s.shape[0], dtype=accumulator(s.dtype), device=s.device)
+    if is_hopper(s.device) and forward_on_hopper(s, offsets, k, v, out, rms, activation, inner, outer):
+        return out, rms
     q = torch.empty(s.shape, dtype=k.dtype, device=s.device)
     _launch(triton_kernels._gdpa_block_open_fwd_kernel, s, q)
     attended = gdpa_launch.forward(q, offsets, k, v, None, activation, inner, outer, None)
-    out = torch.empty_like(s)
-    rms = torch.empty(s.shape[0], dtype=accumulator(s.dtype), device=s.device)
     _launch(triton_kernels._gdpa_block_close_fwd_kernel, s, attended, out, rms)
     return out, rms
 
