@@ -17,7 +17,7 @@ class BlockTiles:
 
     ring: HopperTiles
     queries: int
-    together: bool = False
+    ahead: bool = False
     peek: bool = False
 
 
@@ -38,7 +38,12 @@ def forward_tiles(s: Tensor, k: Tensor, activation: str) -> BlockTiles | None:
     rows, num_heads, width = s.shape
     num_examples = k.shape[0]
     problem = Problem(k.dtype, num_examples, num_heads, width, rows, k.shape[1], None)
-    if s.dtype != k.dtype or not problem.low_precision or num_heads > _MOST_HEADS or len(set(activation.split(","))) > 1:
+    if (
+        s.dtype != k.dtype
+        or not problem.low_precision
+        or num_heads > _MOST_HEADS
+        or len(set(activation.split(","))) > 1
+    ):
         return None
     if rows < _ENOUGH_QUERIES * num_examples or s.numel() < _ENOUGH_ELEMENTS:
         return None
@@ -66,13 +71,13 @@ def forward_on_hopper(
 
     num_rows, num_heads, width = s.shape
     teams = multiprocessors(s.device) // num_heads
-    boxes = torch.zeros(teams * ring.groups * 6 * ROWS * num_heads + 1, dtype=torch.int64, device=s.device)
+    boxes = torch.zeros(teams * ring.groups * 3 * 4 * ROWS * num_heads + 1, dtype=torch.int64, device=s.device)
     launch(
         _gdpa_block_fwd_hopper_kernel, (teams * num_heads,),
         *engine, out, rms, offsets, boxes[-1:].view(torch.int32), boxes, num_rows, k.shape[0], k.shape[1], teams,
         inner, outer,
         D=width, H=num_heads, BLOCK_N=ring.block_n, SLOTS=ring.slots, S_SLOTS=tiles.queries, GROUPS=ring.groups,
-        REGISTERS=ring.registers, TOGETHER=tiles.together, PEEK=tiles.peek, ACTIVATION=activation.split(",")[0], APPROX=True,
+        REGISTERS=ring.registers, AHEAD=tiles.ahead, PEEK=tiles.peek, ACTIVATION=activation.split(",")[0], APPROX=True,
         num_warps=4,
     )  # fmt: skip
     return True

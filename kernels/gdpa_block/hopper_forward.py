@@ -18,7 +18,15 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.gdpa.hopper_forward import weights
-from kernels.gdpa_block.hopper_mailbox import peek_pair, post, post_pair, read, read_pair, read_pair_and_one, read_peeked_pair
+from kernels.gdpa_block.hopper_mailbox import (
+    TURNS,
+    peek_pair,
+    post,
+    post_pair,
+    read,
+    read_pair,
+    read_peeked_pair,
+)
 from kernels.hopper_ring import (
     PRODUCER_REGISTERS,
     ROWS,
@@ -159,7 +167,7 @@ def _finish(
 @gluon.jit
 def _consume(
     out, out_pointer, rms, num_kv, inner, outer, h, boxes, tiles, barriers, news,
-    D: gl.constexpr, H: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, TOGETHER: gl.constexpr, PEEK: gl.constexpr,
+    D: gl.constexpr, H: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, AHEAD: gl.constexpr, PEEK: gl.constexpr,
     ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     """One group: 64 rows of every query tile of the team."""
@@ -172,7 +180,6 @@ def _consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    m: gl.constexpr = GROUP * ROWS
     sums_box, squares_box = boxes
     queries = q_tiles.index(GROUP)
     tile = 0
@@ -180,27 +187,31 @@ def _consume(
     row_before, left_before = 0, 0
     g_MD = gl.full([ROWS, D], 0.0, gl.float32, O_LAYOUT)
     row, left = _next_tile(news, tile)
+    if AHEAD:
+        if left > 0:
+            _post_sums(sums_box, row >> 31, h, tile, s_tiles.index(GROUP), s_full.index(GROUP), 0, D, H, O_LAYOUT)
     while left > 0:
         # 0 that changes with the row for all the compiler knows: addresses are computed where they are used.
         zero = row >> 31
         place = tile % S_SLOTS * GROUPS + GROUP
         slot_before = (tile + S_SLOTS - 1) % S_SLOTS
         s_tile, before = s_tiles.index(place), s_tiles.index(slot_before * GROUPS + GROUP)
-        _post_sums(sums_box, zero, h, tile, s_tile, s_full.index(place), tile // S_SLOTS & 1, D, H, O_LAYOUT)
-        if TOGETHER:
-            sum_MH, around_MH, squares_MH = read_pair_and_one(sums_box, tile, squares_box, zero, tile - 1, H)
-            _finish(out, out_pointer, rms, g_MD, squares_MH, before, row_before, left_before, h,
-                    D, H, GROUP, O_LAYOUT)  # fmt: skip
+        if AHEAD:
+            row_after, left_after = _next_tile(news, tile + 1)
+            if left_after > 0:
+                after = (tile + 1) % S_SLOTS * GROUPS + GROUP
+                _post_sums(sums_box, zero, h, tile + 1, s_tiles.index(after), s_full.index(after),
+                           (tile + 1) // S_SLOTS & 1, D, H, O_LAYOUT)  # fmt: skip
         else:
-            squares_MH = read(squares_box, row_before >> 31, tile - 1, H)
-            if PEEK:
-                words = peek_pair(sums_box, zero, tile, H)
-            _finish(out, out_pointer, rms, g_MD, squares_MH, before, row_before, left_before, h,
-                    D, H, GROUP, O_LAYOUT)  # fmt: skip
-            if PEEK:
-                sum_MH, around_MH = read_peeked_pair(words, sums_box, zero, tile, H)
-            else:
-                sum_MH, around_MH = read_pair(sums_box, zero, tile, H)
+            _post_sums(sums_box, zero, h, tile, s_tile, s_full.index(place), tile // S_SLOTS & 1, D, H, O_LAYOUT)
+        squares_MH = read(squares_box, row_before >> 31, tile - 1, H)
+        if PEEK:
+            words = peek_pair(sums_box, zero, tile, H)
+        _finish(out, out_pointer, rms, g_MD, squares_MH, before, row_before, left_before, h, D, H, GROUP, O_LAYOUT)
+        if PEEK:
+            sum_MH, around_MH = read_peeked_pair(words, sums_box, zero, tile, H)
+        else:
+            sum_MH, around_MH = read_pair(sums_box, zero, tile, H)
         mean_M, rstd_M = _mean_and_rstd(sum_MH, around_MH, D, H)
         scale_M, shift_M = gl.convert_layout(rstd_M, ROW_LAYOUT), gl.convert_layout(mean_M * rstd_M, ROW_LAYOUT)
         o_MD = s_tile.load(O_LAYOUT).to(gl.float32) * scale_M[:, None] - shift_M[:, None]
@@ -236,7 +247,10 @@ def _consume(
         post(squares_box, zero, h, tile, gl.sum(g_MD * g_MD, 1), H)
         row_before, left_before = row, left
         tile += 1
-        row, left = _next_tile(news, tile)
+        if AHEAD:
+            row, left = row_after, left_after
+        else:
+            row, left = _next_tile(news, tile)
     last = s_tiles.index((tile + S_SLOTS - 1) % S_SLOTS * GROUPS + GROUP)
     squares_MH = read(squares_box, row_before >> 31, tile - 1, H)
     _finish(out, out_pointer, rms, g_MD, squares_MH, last, row_before, left_before, h, D, H, GROUP, O_LAYOUT)
@@ -256,7 +270,7 @@ def _gdpa_block_fwd_hopper_kernel(
     s, k, v, out, out_pointer, rms, offsets, tickets, boxes, num_rows, num_examples, num_kv, num_teams,
     inner, outer,
     D: gl.constexpr, H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, S_SLOTS: gl.constexpr,
-    GROUPS: gl.constexpr, REGISTERS: gl.constexpr, TOGETHER: gl.constexpr, PEEK: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
+    GROUPS: gl.constexpr, REGISTERS: gl.constexpr, AHEAD: gl.constexpr, PEEK: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     """s, k, v and out are the copy engine's descriptors, of 64 rows (s, out) and BLOCK_N rows (k, v).
 
@@ -277,18 +291,18 @@ def _gdpa_block_fwd_hopper_kernel(
     barriers = (s_full, s_empty, k_full, v_full, kv_empty)
     ticket = gl.atomic_add(tickets, 1)
     team, h = ticket // H, ticket % H
-    # A box a group, for sums (two numbers a row and head) and for squares (one), of two turns.
-    BOX: gl.constexpr = 2 * ROWS * H
+    # A box a group, for sums (two numbers a row and head) and for squares (one).
+    BOX: gl.constexpr = TURNS * ROWS * H
     own = boxes + team * (GROUPS * 3 * BOX)
     if GROUPS == 2:
         gl.warp_specialize(
             [
                 (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 0 * BOX, own + 2 * BOX), tiles, barriers, news,
-                            D, H, 0, GROUPS, TOGETHER, PEEK, ACTIVATION, APPROX)),
+                            D, H, 0, GROUPS, AHEAD, PEEK, ACTIVATION, APPROX)),
                 (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 3 * BOX, own + 5 * BOX), tiles, barriers, news,
-                            D, H, 1, GROUPS, TOGETHER, PEEK, ACTIVATION, APPROX)),
+                            D, H, 1, GROUPS, AHEAD, PEEK, ACTIVATION, APPROX)),
                 (_produce, (s, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h,
                             tiles, barriers, news, D, GROUPS)),
             ],
@@ -299,13 +313,13 @@ def _gdpa_block_fwd_hopper_kernel(
             [
                 (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 0 * BOX, own + 2 * BOX), tiles, barriers, news,
-                            D, H, 0, GROUPS, TOGETHER, PEEK, ACTIVATION, APPROX)),
+                            D, H, 0, GROUPS, AHEAD, PEEK, ACTIVATION, APPROX)),
                 (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 3 * BOX, own + 5 * BOX), tiles, barriers, news,
-                            D, H, 1, GROUPS, TOGETHER, PEEK, ACTIVATION, APPROX)),
+                            D, H, 1, GROUPS, AHEAD, PEEK, ACTIVATION, APPROX)),
                 (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
                             (own + 6 * BOX, own + 8 * BOX), tiles, barriers, news,
-                            D, H, 2, GROUPS, TOGETHER, PEEK, ACTIVATION, APPROX)),
+                            D, H, 2, GROUPS, AHEAD, PEEK, ACTIVATION, APPROX)),
                 (_produce, (s, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h,
                             tiles, barriers, news, D, GROUPS)),
             ],

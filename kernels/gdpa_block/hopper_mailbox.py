@@ -16,12 +16,12 @@ from triton.experimental.gluon import language as gl
 
 from kernels.hopper_ring import ROWS
 
+TURNS = gl.constexpr(4)
+
 # Several seconds; then the numbers are NaN. (With a trap in it ptxas gives the whole function half the registers.)
 _MOST_POLLS = 1 << 24
 
-_POST = gl.constexpr(
-    "{ .reg .b64 word; mov.b64 word, {$2, $3}; st.relaxed.gpu.global.b64 [$1], word; mov.b32 $0, 0; }"
-)
+_POST = gl.constexpr("{ .reg .b64 word; mov.b64 word, {$2, $3}; st.relaxed.gpu.global.b64 [$1], word; mov.b32 $0, 0; }")
 _POST_PAIR = gl.constexpr(
     "{ .reg .b64 word<2>; mov.b64 word0, {$2, $4}; mov.b64 word1, {$3, $4};"
     " st.relaxed.gpu.global.v2.b64 [$1], {word0, word1}; mov.b32 $0, 0; }"
@@ -78,9 +78,7 @@ def _operands(words, kinds, peeked=False):
 
 @gluon.constexpr_function
 def _peeking(words):
-    return " ".join(
-        f"ld.relaxed.gpu.global.v2.b64 {{${i}, ${words + i}}}, [${2 * words + i}];" for i in range(words)
-    )
+    return " ".join(f"ld.relaxed.gpu.global.v2.b64 {{${i}, ${words + i}}}, [${2 * words + i}];" for i in range(words))
 
 
 @gluon.constexpr_function
@@ -109,7 +107,7 @@ def heads_layout(heads):
 
 @gluon.jit
 def _place(box, h, turn, row_M, H: gl.constexpr, NUMBERS: gl.constexpr):
-    return box + (((turn & 1) * ROWS + row_M) * H + h) * NUMBERS
+    return box + (((turn & (TURNS - 1)) * ROWS + row_M) * H + h) * NUMBERS
 
 
 @gluon.jit
@@ -174,19 +172,6 @@ def read_pair(box, zero, turn, H: gl.constexpr):
         dtype=(gl.int32, gl.int32), is_pure=False, pack=WORDS,
     )  # fmt: skip
     return _real(x_MH, H), _real(y_MH, H)
-
-
-@gluon.jit
-def read_pair_and_one(pair_box, pair_turn, box, zero, turn, H: gl.constexpr):
-    """`read_pair` of one box and `read` of another, in the time of one."""
-    place_MH, turn_MH = _places(pair_box, zero, pair_turn, H, 2)
-    other_place_MH, other_turn_MH = _places(box, zero, turn, H, 1)
-    WORDS: gl.constexpr = _padded(H) // 2
-    x_MH, y_MH, z_MH = gl.inline_asm_elementwise(
-        _polling(WORDS, (2, 1), H), _operands(WORDS, (2, 1)), [place_MH, turn_MH, other_place_MH, other_turn_MH],
-        dtype=(gl.int32, gl.int32, gl.int32), is_pure=False, pack=WORDS,
-    )  # fmt: skip
-    return _real(x_MH, H), _real(y_MH, H), _real(z_MH, H)
 
 
 @gluon.jit
