@@ -13,24 +13,22 @@ from kernels.hopper import ROWS, HopperTiles, described, multiprocessors
 
 @dataclass(frozen=True, slots=True)
 class BlockTiles:
-    """Tiles as of GDPA's forward, and query tiles on chip a group."""
+    """Tiles as of GDPA's forward, for two groups, and query tiles on chip a group."""
 
     ring: HopperTiles
     queries: int
-    ahead: bool = False
-    peek: bool = False
 
 
 # By (class of keys, width), where it measured faster than three kernels on an H100.
 _FORWARD: dict[tuple[str, int], BlockTiles] = {
-    ("128", 64): BlockTiles(HopperTiles(2, 64, 6), 4),
     ("64", 128): BlockTiles(HopperTiles(2, 64, 3), 3),
     ("128", 128): BlockTiles(HopperTiles(2, 64, 3), 3),
     ("256", 128): BlockTiles(HopperTiles(2, 64, 3), 3),
 }
-_MOST_HEADS = 16  # of a team
+_HEADS = range(2, 9)  # of a team; of one head, no program waits for another
+_TURNS = 4  # as in the mailbox
 _ENOUGH_ELEMENTS = 2**25  # in all rows; with fewer, teams have few tiles each
-_ENOUGH_QUERIES = 192  # in an example: a team takes two or three tiles of 64 rows at once, if they are full or not
+_ENOUGH_QUERIES = 192  # in an example: a team takes 128 rows at a time, if they are full or not
 
 
 def forward_tiles(s: Tensor, k: Tensor, activation: str) -> BlockTiles | None:
@@ -38,12 +36,8 @@ def forward_tiles(s: Tensor, k: Tensor, activation: str) -> BlockTiles | None:
     rows, num_heads, width = s.shape
     num_examples = k.shape[0]
     problem = Problem(k.dtype, num_examples, num_heads, width, rows, k.shape[1], None)
-    if (
-        s.dtype != k.dtype
-        or not problem.low_precision
-        or num_heads > _MOST_HEADS
-        or len(set(activation.split(","))) > 1
-    ):
+    alike = s.dtype == k.dtype and len(set(activation.split(","))) == 1
+    if not (alike and problem.low_precision and num_heads in _HEADS):
         return None
     if rows < _ENOUGH_QUERIES * num_examples or s.numel() < _ENOUGH_ELEMENTS:
         return None
@@ -71,13 +65,12 @@ def forward_on_hopper(
 
     num_rows, num_heads, width = s.shape
     teams = multiprocessors(s.device) // num_heads
-    boxes = torch.zeros(teams * ring.groups * 3 * 4 * ROWS * num_heads + 1, dtype=torch.int64, device=s.device)
+    boxes = torch.zeros(teams * ring.groups * 3 * _TURNS * ROWS * num_heads + 1, dtype=torch.int64, device=s.device)
     launch(
         _gdpa_block_fwd_hopper_kernel, (teams * num_heads,),
         *engine, out, rms, offsets, boxes[-1:].view(torch.int32), boxes, num_rows, k.shape[0], k.shape[1], teams,
         inner, outer,
-        D=width, H=num_heads, BLOCK_N=ring.block_n, SLOTS=ring.slots, S_SLOTS=tiles.queries, GROUPS=ring.groups,
-        REGISTERS=ring.registers, AHEAD=tiles.ahead, PEEK=tiles.peek, ACTIVATION=activation.split(",")[0], APPROX=True,
-        num_warps=4,
+        D=width, H=num_heads, BLOCK_N=ring.block_n, SLOTS=ring.slots, S_SLOTS=tiles.queries, REGISTERS=ring.registers,
+        ACTIVATION=activation.split(",")[0], APPROX=True, num_warps=4,
     )  # fmt: skip
     return True

@@ -1,8 +1,9 @@
 """The GDPA block's forward on Hopper in one kernel, in Gluon: the heads of a row exchange its sums while they work.
 
-`kernels/hopper_ring.py` says who does what in a program. Here a program has one head, and a team of programs, one a head,
-takes the same query tiles in step. What both norms need of a row is a few sums over all heads: each program writes its
-head's to a mailbox in the L2 cache and reads the others'.
+`kernels/hopper_ring.py` says who does what in a program. Here a program has one head, and a team of programs, one a
+head, takes the same query tiles in step. What both norms need of a row is a few sums over all heads: each program
+writes its head's to a mailbox in the L2 cache and reads the others' (`kernels/gdpa_block/hopper_mailbox.py`). A tile is
+finished after the next one's sums are posted, so that there is work to do while its own are on their way.
 
 Shape letters: T rows of all examples, H heads, D head width, M = 64 rows of a group's tile, N rows of a key tile,
 W = H D.
@@ -18,15 +19,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.gdpa.hopper_forward import weights
-from kernels.gdpa_block.hopper_mailbox import (
-    TURNS,
-    peek_pair,
-    post,
-    post_pair,
-    read,
-    read_pair,
-    read_peeked_pair,
-)
+from kernels.gdpa_block.hopper_mailbox import TURNS, post, post_pair, read, read_pair
 from kernels.hopper_ring import (
     PRODUCER_REGISTERS,
     ROWS,
@@ -46,7 +39,7 @@ _NEWS = gl.constexpr(4)  # query tiles that the copying warp tells the groups ab
 
 @gluon.jit
 def _announce(row, left, news, tile):
-    """The next query tile: its first row of all rows, and how many the example has from there on; 0: the last one was."""
+    """The next query tile: its first row of all rows, and how many the example has from there on; 0 after the last."""
     places, full, empty = news
     slot = tile % _NEWS
     mbarrier.wait(empty.index(slot), (tile // _NEWS & 1) ^ 1)
@@ -85,7 +78,10 @@ def _produce(
     s, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h, tiles, barriers, news,
     D: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """The warp that has tiles copied: those query tiles that begin in the team's share of all rows."""
+    """The warp that has tiles copied: those query tiles that begin in the team's share of all rows.
+
+    Both groups get a tile, if of the next example's rows, which come up next: nothing of them is stored.
+    """
     s_tiles, _, k_tiles, v_tiles = tiles
     s_full, s_empty, k_full, v_full, kv_empty = barriers
     S_SLOTS: gl.constexpr = s_tiles.shape[0] // GROUPS
@@ -167,7 +163,7 @@ def _finish(
 @gluon.jit
 def _consume(
     out, out_pointer, rms, num_kv, inner, outer, h, boxes, tiles, barriers, news,
-    D: gl.constexpr, H: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, AHEAD: gl.constexpr, PEEK: gl.constexpr,
+    D: gl.constexpr, H: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
     ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     """One group: 64 rows of every query tile of the team."""
@@ -187,31 +183,16 @@ def _consume(
     row_before, left_before = 0, 0
     g_MD = gl.full([ROWS, D], 0.0, gl.float32, O_LAYOUT)
     row, left = _next_tile(news, tile)
-    if AHEAD:
-        if left > 0:
-            _post_sums(sums_box, row >> 31, h, tile, s_tiles.index(GROUP), s_full.index(GROUP), 0, D, H, O_LAYOUT)
     while left > 0:
         # 0 that changes with the row for all the compiler knows: addresses are computed where they are used.
         zero = row >> 31
         place = tile % S_SLOTS * GROUPS + GROUP
         slot_before = (tile + S_SLOTS - 1) % S_SLOTS
         s_tile, before = s_tiles.index(place), s_tiles.index(slot_before * GROUPS + GROUP)
-        if AHEAD:
-            row_after, left_after = _next_tile(news, tile + 1)
-            if left_after > 0:
-                after = (tile + 1) % S_SLOTS * GROUPS + GROUP
-                _post_sums(sums_box, zero, h, tile + 1, s_tiles.index(after), s_full.index(after),
-                           (tile + 1) // S_SLOTS & 1, D, H, O_LAYOUT)  # fmt: skip
-        else:
-            _post_sums(sums_box, zero, h, tile, s_tile, s_full.index(place), tile // S_SLOTS & 1, D, H, O_LAYOUT)
+        _post_sums(sums_box, zero, h, tile, s_tile, s_full.index(place), tile // S_SLOTS & 1, D, H, O_LAYOUT)
         squares_MH = read(squares_box, row_before >> 31, tile - 1, H)
-        if PEEK:
-            words = peek_pair(sums_box, zero, tile, H)
         _finish(out, out_pointer, rms, g_MD, squares_MH, before, row_before, left_before, h, D, H, GROUP, O_LAYOUT)
-        if PEEK:
-            sum_MH, around_MH = read_peeked_pair(words, sums_box, zero, tile, H)
-        else:
-            sum_MH, around_MH = read_pair(sums_box, zero, tile, H)
+        sum_MH, around_MH = read_pair(sums_box, zero, tile, H)
         mean_M, rstd_M = _mean_and_rstd(sum_MH, around_MH, D, H)
         scale_M, shift_M = gl.convert_layout(rstd_M, ROW_LAYOUT), gl.convert_layout(mean_M * rstd_M, ROW_LAYOUT)
         o_MD = s_tile.load(O_LAYOUT).to(gl.float32) * scale_M[:, None] - shift_M[:, None]
@@ -247,10 +228,7 @@ def _consume(
         post(squares_box, zero, h, tile, gl.sum(g_MD * g_MD, 1), H)
         row_before, left_before = row, left
         tile += 1
-        if AHEAD:
-            row, left = row_after, left_after
-        else:
-            row, left = _next_tile(news, tile)
+        row, left = _next_tile(news, tile)
     last = s_tiles.index((tile + S_SLOTS - 1) % S_SLOTS * GROUPS + GROUP)
     squares_MH = read(squares_box, row_before >> 31, tile - 1, H)
     _finish(out, out_pointer, rms, g_MD, squares_MH, last, row_before, left_before, h, D, H, GROUP, O_LAYOUT)
@@ -270,7 +248,7 @@ def _gdpa_block_fwd_hopper_kernel(
     s, k, v, out, out_pointer, rms, offsets, tickets, boxes, num_rows, num_examples, num_kv, num_teams,
     inner, outer,
     D: gl.constexpr, H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, S_SLOTS: gl.constexpr,
-    GROUPS: gl.constexpr, REGISTERS: gl.constexpr, AHEAD: gl.constexpr, PEEK: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
+    REGISTERS: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     """s, k, v and out are the copy engine's descriptors, of 64 rows (s, out) and BLOCK_N rows (k, v).
 
@@ -278,6 +256,7 @@ def _gdpa_block_fwd_hopper_kernel(
     start; there must be no more programs than run at once. `tickets` (int32) and `boxes` (int64) hold zeros.
     """
     TYPE: gl.constexpr = s.dtype
+    GROUPS: gl.constexpr = 2
     s_tiles = gl.allocate_shared_memory(TYPE, [S_SLOTS * GROUPS, ROWS, D], s.layout)
     q_tiles = gl.allocate_shared_memory(TYPE, [GROUPS, ROWS, D], s.layout)
     k_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, BLOCK_N, D], k.layout)
@@ -294,34 +273,14 @@ def _gdpa_block_fwd_hopper_kernel(
     # A box a group, for sums (two numbers a row and head) and for squares (one).
     BOX: gl.constexpr = TURNS * ROWS * H
     own = boxes + team * (GROUPS * 3 * BOX)
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
-                            (own + 0 * BOX, own + 2 * BOX), tiles, barriers, news,
-                            D, H, 0, GROUPS, AHEAD, PEEK, ACTIVATION, APPROX)),
-                (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
-                            (own + 3 * BOX, own + 5 * BOX), tiles, barriers, news,
-                            D, H, 1, GROUPS, AHEAD, PEEK, ACTIVATION, APPROX)),
-                (_produce, (s, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h,
-                            tiles, barriers, news, D, GROUPS)),
-            ],
-            [4, 1], [REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
-                            (own + 0 * BOX, own + 2 * BOX), tiles, barriers, news,
-                            D, H, 0, GROUPS, AHEAD, PEEK, ACTIVATION, APPROX)),
-                (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
-                            (own + 3 * BOX, own + 5 * BOX), tiles, barriers, news,
-                            D, H, 1, GROUPS, AHEAD, PEEK, ACTIVATION, APPROX)),
-                (_consume, (out, out_pointer, rms, num_kv, inner, outer, h,
-                            (own + 6 * BOX, own + 8 * BOX), tiles, barriers, news,
-                            D, H, 2, GROUPS, AHEAD, PEEK, ACTIVATION, APPROX)),
-                (_produce, (s, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h,
-                            tiles, barriers, news, D, GROUPS)),
-            ],
-            [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume, (out, out_pointer, rms, num_kv, inner, outer, h, (own, own + 2 * BOX),
+                        tiles, barriers, news, D, H, 0, GROUPS, ACTIVATION, APPROX)),
+            (_consume, (out, out_pointer, rms, num_kv, inner, outer, h, (own + 3 * BOX, own + 5 * BOX),
+                        tiles, barriers, news, D, H, 1, GROUPS, ACTIVATION, APPROX)),
+            (_produce, (s, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h, tiles, barriers, news,
+                        D, GROUPS)),
+        ],
+        [4, 1], [REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip

@@ -1,8 +1,9 @@
 """How the programs of a team tell each other sums of rows, in Gluon: through words in the L2 cache.
 
 A word is 64 bits that are written at once, a float32 and the turn it is of: who finds the turn has the number, and no
-fence is needed. There are words for two turns. Nobody overwrites what is not read yet, if everyone posts a turn's sums
-only after reading all of the turn before it, as all do whose next number depends on everyone's last one.
+fence is needed. Turns follow one another in a ring of TURNS words: everyone reads all of a turn before posting what
+follows from it, so nobody is two turns ahead. `zero` is 0 that changes in a loop for all the compiler knows: addresses
+are then computed where they are used, and take no registers elsewhere.
 
 Shape letters: M = 64 rows, H heads.
 """
@@ -29,12 +30,11 @@ _POST_PAIR = gl.constexpr(
 
 
 @gluon.constexpr_function
-def _polling(words, kinds, heads, peeked=False):
+def _polling(words, kinds, heads):
     """Assembly that reads so many addresses of a thread for each kind until all have their turns' numbers.
 
     kinds: how many numbers are at an address, 1 or 2. Operands: a result for each number of each kind, then addresses
     and turns of each kind. All is asked for before any is looked at; a warp goes on when all its threads are served.
-    peeked: the first look is at words that `peek_pair` has asked for, the last operands.
     In vain, a warp watches only its last row, which is written last: all rows' traffic would fill the L2 cache's lanes.
     """
     results = words * sum(kinds)
@@ -56,12 +56,11 @@ def _polling(words, kinds, heads, peeked=False):
         result += numbers * words
         address += 2 * words
     together = "vote.sync.all.pred p, p, 0xffffffff;"
-    start = [*(f"mov.b64 w{i}, ${address + i};" for i in range(results)), "bra look;"] if peeked else []
     return " ".join(
         ["{ .reg .pred p, q; .reg .b32 t, u, below, polls;"]
         + [f".reg .b64 w<{results}>, a<{len(kinds) * words}>; mov.b32 polls, 0; setp.ne.b32 q, 0, 0;"]
         + ["mov.u32 below, %laneid; shr.u32 below, below, 2; sub.u32 below, 15, below;", *places]
-        + [*start, "again:", *asks, "look: setp.eq.b32 p, 0, 0;", *looks, "or.pred p, p, q;", together, "@p bra done;"]
+        + ["again:", *asks, "setp.eq.b32 p, 0, 0;", *looks, "or.pred p, p, q;", together, "@p bra done;"]
         + ["watch:", *watches, "setp.eq.b32 p, 0, 0;", *sights]
         + [f"add.u32 polls, polls, 1; setp.gt.u32 q, polls, {_MOST_POLLS}; or.pred p, p, q;", together]
         + ["@p bra again; bra watch; done:"]
@@ -71,19 +70,9 @@ def _polling(words, kinds, heads, peeked=False):
 
 
 @gluon.constexpr_function
-def _operands(words, kinds, peeked=False):
-    inputs = (["l"] * words + ["r"] * words) * len(kinds) + ["l"] * (words * sum(kinds) * peeked)
+def _operands(words, kinds):
+    inputs = (["l"] * words + ["r"] * words) * len(kinds)
     return ",".join(["=&r"] * (words * sum(kinds)) + inputs)
-
-
-@gluon.constexpr_function
-def _peeking(words):
-    return " ".join(f"ld.relaxed.gpu.global.v2.b64 {{${i}, ${words + i}}}, [${2 * words + i}];" for i in range(words))
-
-
-@gluon.constexpr_function
-def _peek_operands(words):
-    return ",".join(["=&l"] * (2 * words) + ["l"] * words)
 
 
 @gluon.constexpr_function
@@ -169,28 +158,6 @@ def read_pair(box, zero, turn, H: gl.constexpr):
     WORDS: gl.constexpr = _padded(H) // 2
     x_MH, y_MH = gl.inline_asm_elementwise(
         _polling(WORDS, (2,), H), _operands(WORDS, (2,)), [place_MH, turn_MH],
-        dtype=(gl.int32, gl.int32), is_pure=False, pack=WORDS,
-    )  # fmt: skip
-    return _real(x_MH, H), _real(y_MH, H)
-
-
-@gluon.jit
-def peek_pair(box, zero, turn, H: gl.constexpr):
-    """Ask for what `read_peeked_pair` is to return, and go on."""
-    place_MH, _ = _places(box, zero, turn, H, 2)
-    WORDS: gl.constexpr = _padded(H) // 2
-    return gl.inline_asm_elementwise(
-        _peeking(WORDS), _peek_operands(WORDS), [place_MH], dtype=(gl.int64, gl.int64), is_pure=False, pack=WORDS
-    )
-
-
-@gluon.jit
-def read_peeked_pair(words, box, zero, turn, H: gl.constexpr):
-    """As `read_pair`."""
-    place_MH, turn_MH = _places(box, zero, turn, H, 2)
-    WORDS: gl.constexpr = _padded(H) // 2
-    x_MH, y_MH = gl.inline_asm_elementwise(
-        _polling(WORDS, (2,), H, True), _operands(WORDS, (2,), True), [place_MH, turn_MH, words[0], words[1]],
         dtype=(gl.int32, gl.int32), is_pure=False, pack=WORDS,
     )  # fmt: skip
     return _real(x_MH, H), _real(y_MH, H)
