@@ -29,7 +29,7 @@ from kernels.hopper_ring import (
 
 
 @gluon.jit
-def _weights(
+def weights(
     s_MN, m, n, length, window, inner, outer, TYPE: gl.constexpr, LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
     WINDOW: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr, BARE: gl.constexpr,
 ):  # fmt: skip
@@ -92,12 +92,12 @@ def _consume(
                 keys = k_tiles.index(at % SLOTS).permute((1, 0))
                 s = hopper.warpgroup_mma(queries, keys, s_MN, use_acc=False, is_async=True)
                 s_MN = hopper.warpgroup_mma_wait(0, deps=[s])
-                p = _weights(s_MN, m, own_lo, length, window, inner, outer, TYPE, S_LAYOUT, O_LAYOUT,
+                p = weights(s_MN, m, own_lo, length, window, inner, outer, TYPE, S_LAYOUT, O_LAYOUT,
                              WINDOW, ACTIVATION, APPROX, BARE)  # fmt: skip
                 for n in range(own_lo + N, own_hi, N):
                     s, o = start_step(queries, p, s_MN, o, k_tiles, v_tiles, k_full, v_full, at, n == own_lo + N)
                     s_MN = hopper.warpgroup_mma_wait(1, deps=[s])
-                    p_after = _weights(s_MN, m, n, length, window, inner, outer, TYPE, S_LAYOUT, O_LAYOUT,
+                    p_after = weights(s_MN, m, n, length, window, inner, outer, TYPE, S_LAYOUT, O_LAYOUT,
                                        WINDOW, ACTIVATION, APPROX, BARE)  # fmt: skip
                     o_MD, p = hopper.warpgroup_mma_wait(0, deps=[o, p])
                     o = hopper.warpgroup_mma_init(o_MD)

@@ -23,6 +23,8 @@ from kernels.gdpa.hopper import hopper_rings, hopper_tiles
 from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
 from kernels.gdpa.hopper_forward import _gdpa_fwd_hopper_kernel
 from kernels.gdpa.tiles import Problem
+from kernels.gdpa_block.hopper import forward_tiles as block_tiles
+from kernels.gdpa_block.hopper_forward import _gdpa_block_fwd_hopper_kernel
 from kernels.hopper import ROWS, HopperTiles
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -43,6 +45,12 @@ BACKWARD_CASES = [  # width, dense keys, activation
     (128, 256, "gelu_tanh"),
     (128, 128, "relu_square"),
     (128, None, "silu"),
+]
+BLOCK_CASES = [  # heads, width, dense keys, activation
+    (4, 128, 128, "gelu_tanh"),
+    (3, 128, 256, "silu"),
+    (8, 128, 64, "identity"),
+    (2, 128, 100, "gelu"),
 ]
 SOFTMAX_CASES = [  # width, seeds, window
     (64, None, 100),
@@ -85,6 +93,20 @@ def compile_backward(width: int, keys: int | None, activation: str) -> str:
     return build(_gdpa_bwd_hopper_kernel, described | {"dq": descriptor(ROWS, width // 2)}, constants)
 
 
+def compile_block(heads: int, width: int, keys: int, activation: str) -> str:
+    """PTX of the GDPA block's forward in one kernel."""
+    sequence = torch.empty(300_000, heads, width, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(512, keys, heads, width, dtype=torch.bfloat16, device="meta")
+    tiles = block_tiles(sequence, k, activation)
+    assert tiles is not None
+    constants = {
+        "D": width, "BLOCK_N": tiles.ring.block_n, "SLOTS": tiles.ring.slots, "REGISTERS": tiles.ring.registers,
+        "H": heads, "S_SLOTS": tiles.queries, "ACTIVATION": activation, "APPROX": True,
+    }  # fmt: skip
+    query, key = descriptor(ROWS, width), descriptor(tiles.ring.block_n, width)
+    return build(_gdpa_block_fwd_hopper_kernel, {"s": query, "out": query, "k": key, "v": key}, constants)
+
+
 def ring(width: int, tiles: HopperTiles) -> dict[str, Any]:
     """Constants of kernels that stream keys and values through a ring."""
     return {
@@ -117,9 +139,8 @@ def build(kernel: Any, described: dict[str, str], constants: dict[str, Any]) -> 
     constants |= {n: 4 * width if n.endswith("t") else width for n in names if n.startswith("stride_")}
     types = dict.fromkeys(("out_pointer", "dq_pointer", "dk_pointer", "dv_pointer"), "*bf16")
     types |= dict.fromkeys(("inner", "outer", "scale", "scale_log2"), "fp32")
-    types |= dict.fromkeys(("q_offsets", "kv_offsets", "offsets", "counter"), "*i32") | dict.fromkeys(
-        ("lse", "delta"), "*fp32"
-    )
+    types |= dict.fromkeys(("q_offsets", "kv_offsets", "offsets", "counter", "tickets"), "*i32")
+    types |= dict.fromkeys(("lse", "delta", "rms"), "*fp32") | {"boxes": "*i64"}
     types |= described | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -147,6 +168,9 @@ if __name__ == "__main__":
     for backward_case in BACKWARD_CASES:
         print("case backward", *backward_case)
         print(assemble(compile_backward(*backward_case)), flush=True)
+    for block_case in BLOCK_CASES:
+        print("case block", *block_case)
+        print(assemble(compile_block(*block_case)), flush=True)
     for softmax_case in SOFTMAX_CASES:
         for name, ptx in compile_softmax(*softmax_case).items():
             print("case softmax", name, *softmax_case)

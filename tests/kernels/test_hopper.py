@@ -16,6 +16,7 @@ import torch
 from kernels.attention.hopper import backward_tiles, forward_tiles
 from kernels.gdpa.hopper import hopper_rings, hopper_tiles
 from kernels.gdpa.tiles import Problem
+from kernels.gdpa_block.hopper import forward_tiles as block_tiles
 from kernels.hopper import ROWS, HopperTiles, engine_view, is_hopper
 
 HERE = Path(__file__).parent
@@ -36,7 +37,7 @@ def test_kernels_compile_without_spills_and_with_products_in_flight() -> None:
     )
     assert report.returncode == 0, report.stderr[-2000:]
     cases = report.stdout.split("case ")[1:]
-    assert len(cases) == 6 + 7 + 11
+    assert len(cases) == 6 + 7 + 4 + 11
     for case in cases:
         assert "serialized" not in case, case
         spilled = int(re.findall(r"(\d+) bytes spill stores", case)[0])
@@ -129,6 +130,50 @@ def test_softmax_backward_is_left_to_triton_where_that_is_faster(
     dtype: torch.dtype, width: int, programs: int, short: bool, seeds: int | None, window: int | None
 ) -> None:
     assert backward_tiles(dtype, width, programs, short, seeds, window) is None
+
+
+def block_inputs(rows: int, heads: int, width: int, keys: int) -> list[torch.Tensor]:
+    """The sequence and keys of 512 examples, without storage."""
+    shapes = (rows, heads, width), (512, keys, heads, width)
+    return [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+
+
+@pytest.mark.parametrize("keys", [40, 128, 256])
+def test_block_tiles_fit_shared_memory_and_registers(keys: int) -> None:
+    tiles = block_tiles(*block_inputs(300_000, 4, 128, keys), "silu")
+    assert tiles is not None
+    ring = tiles.ring
+    rows = ROWS * ring.groups * (tiles.queries + 1) + 2 * ring.slots * ring.block_n
+    assert 2 * 128 * rows + 1024 <= 227 * 1024
+    assert 128 * (ring.groups * ring.registers + 24) <= 65536
+    assert ring.groups == 2
+    assert tiles.queries >= 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "width", "keys", "activation"),
+    [
+        (512 * 100, 8, 128, 128, "silu"),
+        (512 * 200, 2, 128, 128, "silu"),
+        (300_000, 1, 128, 128, "silu"),
+        (300_000, 9, 128, 128, "silu"),
+        (300_000, 8, 64, 128, "silu"),
+        (300_000, 4, 128, 300, "silu"),
+        (300_000, 2, 128, 128, "silu,relu"),
+    ],
+    ids=["short examples", "few elements", "one head", "many heads", "narrow", "many keys", "two activations"],
+)
+def test_the_block_is_left_to_three_kernels_where_they_are_faster_or_needed(
+    rows: int, heads: int, width: int, keys: int, activation: str
+) -> None:
+    assert block_tiles(*block_inputs(rows, heads, width, keys), activation) is None
+
+
+def test_the_block_in_one_kernel_needs_one_type_of_16_bits() -> None:
+    sequence, k = block_inputs(300_000, 4, 128, 128)
+    assert block_tiles(sequence, k, "silu,silu,silu,silu") is not None
+    assert block_tiles(sequence.float(), k, "silu") is None
+    assert block_tiles(sequence.float(), k.float(), "silu") is None
 
 
 def test_only_a_hopper_card_runs_it() -> None:

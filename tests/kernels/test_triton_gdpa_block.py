@@ -8,8 +8,10 @@ from kernel_cases import LENGTHS, offsets_of
 from torch import Tensor
 from triton_cases import BOUNDS, DEVICE, FLOAT64_PRODUCTS, LOW, check, poisoned
 
+from kernels.gdpa_block import hopper, launch
 from kernels.gdpa_block.launch import gdpa_block_triton
 from kernels.gdpa_block.reference import gdpa_block_reference
+from kernels.hopper import is_hopper
 
 poison = pytest.fixture(autouse=True)(poisoned)
 
@@ -50,6 +52,27 @@ def test_head_counts_and_widths(heads: int, width: int) -> None:
 
 def test_an_activation_for_each_head() -> None:
     compare([3, 0, 20], activation=("relu", "gelu_tanh", "silu"))
+
+
+@pytest.mark.skipif(not is_hopper(DEVICE), reason="runs on Hopper alone")
+@pytest.mark.parametrize(
+    "lengths", [[0, 1, 63, 64, 65, 0, 130, 700, 1], [1], [0, 0]], ids=["odd", "one row", "all empty"]
+)
+@pytest.mark.parametrize(("heads", "kv"), [(2, 64), (3, 100), (4, 128), (8, 200)])
+def test_one_kernel_whose_heads_exchange_sums(
+    heads: int, kv: int, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def spied(*args: object) -> bool:
+        taken.append(hopper.forward_on_hopper(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(launch, "forward_on_hopper", spied)
+    monkeypatch.setattr(hopper, "_ENOUGH_ELEMENTS", 0)
+    monkeypatch.setattr(hopper, "_ENOUGH_QUERIES", 0)
+    compare(lengths, heads=heads, width=128, kv=kv, dtype=LOW)
+    assert taken == [sum(lengths) > 0]
 
 
 def test_no_examples() -> None:

@@ -1,0 +1,76 @@
+"""Launch of the GDPA block's Gluon kernel on Hopper: where it runs, and its tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.gdpa.tiles import Problem
+from kernels.hopper import ROWS, HopperTiles, described, multiprocessors
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTiles:
+    """Tiles as of GDPA's forward, for two groups, and query tiles on chip a group."""
+
+    ring: HopperTiles
+    queries: int
+
+
+# By (class of keys, width), where it measured faster than three kernels on an H100.
+_FORWARD: dict[tuple[str, int], BlockTiles] = {
+    ("64", 128): BlockTiles(HopperTiles(2, 64, 3), 3),
+    ("128", 128): BlockTiles(HopperTiles(2, 64, 3), 3),
+    ("256", 128): BlockTiles(HopperTiles(2, 64, 3), 3),
+}
+_HEADS = range(2, 9)  # of a team; of one head, no program waits for another
+_TURNS = 4  # as in the mailbox
+_ENOUGH_ELEMENTS = 2**25  # in all rows; with fewer, teams have few tiles each
+_ENOUGH_QUERIES = 192  # in an example: a team takes 128 rows at a time, if they are full or not
+
+
+def forward_tiles(s: Tensor, k: Tensor, activation: str) -> BlockTiles | None:
+    """None: three kernels are faster, or this one cannot take the problem."""
+    rows, num_heads, width = s.shape
+    num_examples = k.shape[0]
+    problem = Problem(k.dtype, num_examples, num_heads, width, rows, k.shape[1], None)
+    alike = s.dtype == k.dtype and len(set(activation.split(","))) == 1
+    if not (alike and problem.low_precision and num_heads in _HEADS):
+        return None
+    if rows < _ENOUGH_QUERIES * num_examples or s.numel() < _ENOUGH_ELEMENTS:
+        return None
+    return _FORWARD.get((problem.key_class, width))
+
+
+def forward_on_hopper(
+    s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, out: Tensor, rms: Tensor,
+    activation: str, inner: float, outer: float, tiles: BlockTiles | None = None,
+) -> bool:  # fmt: skip
+    """Fill out and each row's 1 / root mean square. False, with nothing done, where three kernels are faster, or a
+    tensor's layout forbids it.
+
+    tiles: for measurements. Default: None, by the rule.
+    """
+    tiles = tiles or forward_tiles(s, k, activation)
+    if tiles is None:
+        return False
+    ring, k, v = tiles.ring, k.contiguous(), v.contiguous()
+    engine = described((s, k, v, out), (ROWS, ring.block_n, ring.block_n, ROWS))
+    if engine is None:
+        return False
+    from kernels.gdpa_block.hopper_forward import _gdpa_block_fwd_hopper_kernel
+    from kernels.launcher import launch
+
+    num_rows, num_heads, width = s.shape
+    teams = multiprocessors(s.device) // num_heads
+    boxes = torch.zeros(teams * ring.groups * 3 * _TURNS * ROWS * num_heads + 1, dtype=torch.int64, device=s.device)
+    launch(
+        _gdpa_block_fwd_hopper_kernel, (teams * num_heads,),
+        *engine, out, rms, offsets, boxes[-1:].view(torch.int32), boxes, num_rows, k.shape[0], k.shape[1], teams,
+        inner, outer,
+        D=width, H=num_heads, BLOCK_N=ring.block_n, SLOTS=ring.slots, S_SLOTS=tiles.queries, REGISTERS=ring.registers,
+        ACTIVATION=activation.split(",")[0], APPROX=True, num_warps=4,
+    )  # fmt: skip
+    return True
