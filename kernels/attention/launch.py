@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.attention import triton_kernels
 from kernels.attention.hopper import TINY, backward_on_hopper, backward_tiles, forward_on_hopper, forward_tiles
+from kernels.attention.hopper_seeds import seeds_backward_on_hopper, seeds_rings
 from kernels.attention.tiles import SHORT, Plan, Tiles, plan_for
 from kernels.hopper import is_hopper
 from kernels.jagged import MAX_SPLITS, accumulator, like
@@ -100,6 +101,11 @@ def backward(
                      q.stride(), k.stride(), v.stride(), grad.stride(), out.stride())  # fmt: skip
         run((num_examples * num_heads,), q, k, v, out, grad, lse, dq, dk, dv, offsets, num_heads, q.shape[0], *scales)
     else:
+        if shared and on_hopper:
+            rings = seeds_rings(q.dtype, q.shape[2], num_examples * num_heads, short)
+            got = seeds_backward_on_hopper((q, k, v, out, grad, lse, dk, dv, offsets), scales, rings) if rings else None
+            if got is not None:
+                return got, dk, dv
         tensors = (q, k, v, out, grad, lse, dq, dk, dv, offsets)
         if not (on_hopper and backward_on_hopper(tensors, shared, window, scales, on_hopper)):
             _backward_in_passes(tensors, shared, window, scales, plan)

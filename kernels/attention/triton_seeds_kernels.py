@@ -1,0 +1,76 @@
+"""What comes before and after `kernels/attention/hopper_seeds_backward.py`, in Triton.
+
+Shape letters: B examples, H heads, D head width, R rows of a block.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Device code: Triton gives the arguments their types at launch.
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _prepare_seeds_kernel(
+    out, do, lse, offsets, stats, before, num_examples, num_heads, num_shared, query_rows, scale,
+    stride_dot: tl.constexpr, stride_doh: tl.constexpr, D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    KEYS: tl.constexpr, EXAMPLES: tl.constexpr,
+):  # fmt: skip
+    """Statistics of queries by tile of 64, and the number of key tiles before each example.
+
+    stats (B, H, query_rows / 64, 2, 64) are lse and scale * rowsum(dO * O); `query_rows` is `num_shared` rounded up,
+    and the rows past it have an infinite lse. before (B + 1): tiles of KEYS rows, made by the first program, EXAMPLES at
+    a time. out is contiguous, D a power of two.
+    """
+    if tl.program_id(0) == 0:
+        tiles = 0
+        for first in range(0, num_examples, EXAMPLES):
+            b = first + tl.arange(0, EXAMPLES)
+            real = b < num_examples
+            length_B = tl.load(offsets + b + 1, mask=real, other=0) - tl.load(offsets + b, mask=real, other=0)
+            tiles_B = (length_B + (KEYS - 1)) // KEYS
+            end_B = tiles + tl.cumsum(tiles_B, 0)
+            tl.store(before + b, end_B - tiles_B, mask=real)
+            tiles += tl.sum(tiles_B, 0)
+        tl.store(before + num_examples, tiles)
+    else:
+        # Rows of one head each, those past the seeds too.
+        pair = (tl.program_id(0) - 1).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        h = pair % num_heads
+        b, row = pair // num_heads // query_rows, pair // num_heads % query_rows
+        real = (row < num_shared) & (b < num_examples)
+        d = tl.arange(0, D)
+        at = b * num_shared + row
+        o_RD = tl.load(out + ((at * num_heads + h)[:, None] * D + d[None, :]), mask=real[:, None], other=0.0)
+        do_RD = tl.load(do + ((at * stride_dot + h * stride_doh)[:, None] + d[None, :]), mask=real[:, None], other=0.0)
+        lse_R = tl.load(lse + at * num_heads + h, mask=real, other=float("inf"))
+        delta_R = tl.sum(o_RD.to(tl.float32) * do_RD.to(tl.float32), 1) * scale
+        place = ((b * num_heads + h) * (query_rows // 64) + row // 64) * 128 + row % 64
+        tl.store(stats + place, lse_R, mask=b < num_examples)
+        tl.store(stats + place + 64, delta_R, mask=b < num_examples)
+
+
+@triton.jit
+def _add_shares_kernel(
+    shares, before, dq, num_examples, num_heads, num_shared, query_rows, num_programs, D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """dq (num_shared, H, D): the sum of what programs added up for a head, in a fixed order."""
+    h = tl.program_id(1)
+    each = tl.load(before + num_examples).to(tl.int64)
+    total = each * num_heads
+    # Program p has the tiles from total * p // num_programs to total * (p + 1) // num_programs.
+    first, end = 0, 0
+    if each > 0:
+        first = (((h * each + 1) * num_programs - 1) // total).to(tl.int32)
+        end = (((h + 1) * each * num_programs - 1) // total).to(tl.int32) + 1
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, D)
+    place = row[:, None] * D + d[None, :]
+    sum_RD = tl.zeros((BLOCK_ROWS, D), tl.float32)
+    for p in range(first, end):
+        some = total * p // num_programs < total * (p + 1) // num_programs
+        base = shares + (p + h).to(tl.int64) * query_rows * D
+        sum_RD += tl.load(base + place, mask=(row < num_shared)[:, None] & some, other=0.0)
+    tl.store(dq + ((row * num_heads + h)[:, None] * D + d[None, :]), sum_RD, mask=(row < num_shared)[:, None])
