@@ -94,5 +94,5 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     """Of a tile in shared memory."""
     from triton.experimental.gluon import language as gl
 
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype]
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
     return gl.NVMMASharedLayout.get_default_for([rows, columns], element)

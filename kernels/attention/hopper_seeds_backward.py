@@ -1,10 +1,11 @@
-"""Seed attention's backward on Hopper, in Gluon: one pass, with dQ added up by program over all examples.
+"""Seed attention's backward on Hopper, in Gluon: the seeds stay on chip, and all examples' keys stream by.
 
-Shape letters: B examples, H heads, D head width; tiles have M = 64 seeds and N = 128 keys, 64 of them a group's. As in
-`kernels/gdpa/hopper_backward.py` a warp asks for copies, and two groups of four warps hold dK and dV of their keys,
-compute scores transposed and make half of dQ's columns each. The key tiles of all examples, head after head, are shared
-out evenly and in a fixed order. A program adds dQ of its own tiles, one after another, to float32 rows of its own, a
-set for each head it meets: program p's of head h is number p + h. `_add_shares_kernel` sums these.
+Shape letters: B examples, H heads, D head width; M = 64 seeds of a part, N = 64 keys of a tile. The key tiles of all
+examples, head after head, are shared out evenly and in a fixed order. A program has a warp that asks for copies, and
+two groups of four warps with PARTS parts of the seeds each, whose dQ stays in registers over all examples. For each
+key tile a group computes P and dS of its parts and leaves them in shared memory; then one group makes dV of all
+seeds, the other dK, which are complete. Program p leaves its sum for head h as share p + h; `_add_shares_kernel`
+adds these.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,19 +17,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from kernels.hopper_ring import add, all_warps, copy_in, get, put, store, store_rows
+from kernels.hopper_ring import all_warps, copy_in, get, put, store, store_rows
 
 _M = gl.constexpr(64)
-_N = gl.constexpr(128)
-_K_PLACES = gl.constexpr(2)
-
-
-@gluon.jit
-def _wait_for_stores():
-    """All that this thread stored or added through the copy engine is done."""
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+_N = gl.constexpr(64)
+_WORDS = gl.constexpr(4)  # of an announcement
 
 
 @gluon.jit
@@ -68,219 +61,201 @@ def _produce(
     q, k, v, do, stats, before, offsets, num_examples, num_heads, num_shared, units, tiles, barriers,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
 ):  # fmt: skip
-    """One warp: announces key tiles and has all tiles copied, and the queries' statistics with them."""
+    """One warp: announces key tiles and has all tiles copied."""
     units, unit_full, unit_empty = units
     q_tiles, do_tiles, k_tiles, v_tiles, stats_tiles = tiles
-    q_full, do_full, stats_full, empty, k_full, k_empty, v_full, v_empty = barriers
-    SLOTS: gl.constexpr = q_tiles.shape[0]
-    lane_S = gl.arange(0, 2 * _M, gl.BlockedLayout([4], [32], [1], [0]))
-    query_tiles = gl.cdiv(num_shared, _M)
+    q_full, q_empty, do_full, do_empty, stats_full, k_full, k_empty, v_full, v_empty = barriers
+    ALL: gl.constexpr = q_tiles.shape[0]
+    PLACES: gl.constexpr = k_tiles.shape[0]
+    DO_PLACES: gl.constexpr = stats_full.shape[0]
     first_tile, end, each = _share(before, num_examples, num_heads)
     h = first_tile // each
     b = _find(before, num_examples, first_tile - h * each)
     n = (first_tile - h * each - gl.load(before + b)) * _N
     kv_first, length = _rows(offsets, b)
-    t = 0  # query tiles so far
+    visit = 0  # examples so far
+    fresh = 2  # 1: an example's first tile here, 2: a head's
+    heads = 0
     for i in range(end - first_tile):
-        # The next tile: of this example, of one after it, or of the next head.
         if n >= length:
+            # The next tile is of an example after this one, or of the next head.
             n = 0
             b += 1
+            fresh = 1
             if first_tile + i == (h + 1) * each:
                 h += 1
                 b = 0
+                fresh = 2
             kv_first, length = _rows(offsets, b)
             while length == 0:
                 b += 1
                 kv_first, length = _rows(offsets, b)
+        ends = (first_tile + i + 1 == end) | (first_tile + i + 1 == (h + 1) * each)
         mbarrier.wait(unit_empty.index(i % 2), (i // 2 & 1) ^ 1)
-        put(units.index(i % 2 * 4), kv_first + n)
-        put(units.index(i % 2 * 4 + 1), length - n)
-        put(units.index(i % 2 * 4 + 2), h)
+        put(units.index(i % 2 * _WORDS), kv_first + n)
+        put(units.index(i % 2 * _WORDS + 1), length - n)
+        put(units.index(i % 2 * _WORDS + 2), h)
+        put(units.index(i % 2 * _WORDS + 3), fresh + 4 * ends.to(gl.int32))
         mbarrier.arrive(unit_full.index(i % 2), count=1)
-        at = i % _K_PLACES
-        mbarrier.wait(k_empty.index(at), (i // _K_PLACES & 1) ^ 1)
-        for c in gl.static_range(2):
-            copy_in(k, kv_first + n + c * 64, h * stride_kh, k_full.index(at), k_tiles.index(2 * at + c), True)
-        for m in range(0, num_shared, _M):
-            tile = (b * num_heads + h) * query_tiles + m // _M
-            stats_S = gl.load(stats + tile.to(gl.int64) * (2 * _M) + lane_S)
-            slot = t % SLOTS
-            mbarrier.wait(empty.index(slot), (t // SLOTS & 1) ^ 1)
-            copy_in(q, m, h * stride_qh, q_full.index(slot), q_tiles.index(slot), True)
-            if m == 0:
-                mbarrier.wait(v_empty, (i & 1) ^ 1)
-                for c in gl.static_range(2):
-                    copy_in(v, kv_first + n + c * 64, h * stride_vh, v_full, v_tiles.index(c), True)
-            copy_in(do, b * num_shared + m, h * stride_doh, do_full.index(slot), do_tiles.index(slot), True)
-            stats_tiles.index(slot).store(stats_S)
-            mbarrier.arrive(stats_full.index(slot), count=1)
-            t += 1
+        at = i % PLACES
+        mbarrier.wait(v_empty.index(at), (i // PLACES & 1) ^ 1)
+        copy_in(v, kv_first + n, h * stride_vh, v_full.index(at), v_tiles.index(at), True)
+        mbarrier.wait(k_empty.index(at), (i // PLACES & 1) ^ 1)
+        copy_in(k, kv_first + n, h * stride_kh, k_full.index(at), k_tiles.index(at), True)
+        if fresh == 2:
+            mbarrier.wait(q_empty, (heads & 1) ^ 1)
+            for part in gl.static_range(ALL):
+                copy_in(q, part * _M, h * stride_qh, q_full, q_tiles.index(part), True)
+            heads += 1
+        if fresh > 0:
+            place = visit % DO_PLACES
+            mbarrier.wait(do_empty.index(place), (visit // DO_PLACES & 1) ^ 1)
+            copy_in(stats, (b * num_heads + h) * ALL, 0, stats_full.index(place), stats_tiles.index(place), True)
+            for part in gl.static_range(ALL):
+                full, tile = do_full.index(place * ALL + part), do_tiles.index(place * ALL + part)
+                copy_in(do, b * num_shared + part * _M, h * stride_doh, full, tile, True)
+            visit += 1
+        fresh = 0
         n += _N
 
 
 @gluon.jit
 def _take(units, full, empty, i):
-    """Row, rows left in its example, and head of the i-th key tile."""
+    """Row, rows left in its example, head and marks of the i-th key tile."""
     mbarrier.wait(full.index(i % 2), i // 2 & 1)
-    row = get(units.index(i % 2 * 4))
-    left = get(units.index(i % 2 * 4 + 1))
-    h = get(units.index(i % 2 * 4 + 2))
+    row = get(units.index(i % 2 * _WORDS))
+    left = get(units.index(i % 2 * _WORDS + 1))
+    h = get(units.index(i % 2 * _WORDS + 2))
+    marks = get(units.index(i % 2 * _WORDS + 3))
     all_warps()  # have read
     mbarrier.arrive(empty.index(i % 2), count=1)
-    return row, left, h
-
-
-@gluon.jit
-def _start(own, tiles, full, t, before, exists):
-    """Start this group's keys (values) times query tile (dO tile) t. `before` lends its registers."""
-    SLOTS: gl.constexpr = tiles.shape[0]
-    mbarrier.wait(full.index(t % SLOTS), t // SLOTS & 1, pred=exists)
-    x = tiles.index(t % SLOTS).permute((1, 0))
-    return hopper.warpgroup_mma(own, x, before, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _keep_rows(pointer, tensor, x_ND, staged, row, left, column, stride_t: gl.constexpr, LAYOUT: gl.constexpr):
-    """Rows of dK or dV: a whole tile through shared memory, the last ones of an example from the registers."""
-    if left >= x_ND.shape[0]:
-        staged.store(x_ND.to(staged.dtype))
-        hopper.fence_async_shared()
-        store(tensor, [row, column], staged)
-    else:
-        store_rows(pointer + row.to(gl.int64) * stride_t + column, x_ND, 0, left, stride_t, LAYOUT)
+    return row, left, h, marks & 3, marks >> 2
 
 
 @gluon.jit
 def _consume(
-    dq, dk, dv, dk_pointer, dv_pointer, before, num_examples, num_heads, num_shared, scale, scale_log2,
-    units, tiles, made, barriers, exchange, stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr,
+    dx, dx_pointer, shares, before, num_examples, num_heads, scale, scale_log2, units, tiles, made, barriers, exchange,
+    stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps, with the keys 64 GROUP to 64 GROUP + 63 of each key tile."""
+    """Four warps, with PARTS parts of the seeds. dX is dV in group 0 and dK in group 1."""
     units, unit_full, unit_empty = units
     q_tiles, do_tiles, k_tiles, v_tiles, stats_tiles = tiles
-    ds_tiles, p_tiles, dq_tiles = made
-    q_full, do_full, stats_full, empty, k_full, k_empty, v_full, v_empty = barriers
+    p_tiles, ds_tiles, staged = made
+    q_full, q_empty, do_full, do_empty, stats_full, k_full, k_empty, v_full, v_empty = barriers
     own_full, other_full, own_free, other_free = exchange
-    SLOTS: gl.constexpr = q_tiles.shape[0]
-    SWAPS: gl.constexpr = own_full.shape[0]
+    ALL: gl.constexpr = 2 * PARTS
+    PLACES: gl.constexpr = k_tiles.shape[0]
+    DO_PLACES: gl.constexpr = stats_full.shape[0]
     D: gl.constexpr = q_tiles.shape[2]
-    HALF: gl.constexpr = D // 2
     TYPE: gl.constexpr = q_tiles.dtype
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _M, 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _N, 16])
     G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, G_LAYOUT, 2)
-    WIDE: gl.constexpr = D == 128  # registers are short
-    staged = dq_tiles.index(GROUP)
-    staged_dv = staged._reinterpret(TYPE, [64, D], dv.layout)
-    own_v = v_tiles.index(GROUP)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    if PARTS == 2 and D == 128:
+        # dX leaves through the group's own parts of what only this group's last product reads.
+        staged = ds_tiles.index(GROUP) if GROUP else p_tiles.index(GROUP)
+    else:
+        staged = staged.index(GROUP)
     first_tile, end, each = _share(before, num_examples, num_heads)
     count = end - first_tile
-    query_rows = gl.cdiv(num_shared, _M) * _M
-    num_tiles = count * (query_rows // _M)
-    if num_tiles > 0:
-        # Through a wait: registers of a product must be written before the first one is in flight.
-        dk_ND = gl.full([64, D], 0.0, gl.float32, G_LAYOUT)
-        dv_ND = gl.full([64, D], 0.0, gl.float32, G_LAYOUT)
-        s_NM = gl.full([64, _M], 0.0, gl.float32, S_LAYOUT)
-        dp_NM = gl.full([64, _M], 0.0, gl.float32, S_LAYOUT)
-        dq_MD = gl.full([_M, HALF], 0.0, gl.float32, Q_LAYOUT)
-        dk_ND, dv_ND, s_NM, dp_NM, dq_MD = hopper.warpgroup_mma_wait(0, deps=[dk_ND, dv_ND, s_NM, dp_NM, dq_MD])
-        dk_sum, dv_sum = hopper.warpgroup_mma_init(dk_ND), hopper.warpgroup_mma_init(dv_ND)
-        mbarrier.wait(k_full.index(0), 0)
-        s = _start(k_tiles.index(GROUP), q_tiles, q_full, 0, s_NM, True)
-        mbarrier.wait(v_full, 0)
-        dp = _start(own_v, do_tiles, do_full, 0, dp_NM, True)
-        i = 0
-        m = 0
-        head = -1
-        row, left, h = _take(units, unit_full, unit_empty, 0)
-        for t in range(num_tiles):
-            # 0 that changes with m for all the compiler knows: addresses are computed where they are used.
-            zero = (num_shared - m) >> 31
-            at = i % _K_PLACES + zero
-            is_last = m + _M >= num_shared
-            q_t, do_t = q_tiles.index(t % SLOTS), do_tiles.index(t % SLOTS)
-            s_NM = hopper.warpgroup_mma_wait(1, deps=[s])
-            mbarrier.wait(stats_full.index(t % SLOTS), t // SLOTS & 1)
-            lse_M = stats_tiles.index(t % SLOTS).slice(0, _M, 0).load(gl.SliceLayout(0, S_LAYOUT))
-            p_NM = gl.exp2(s_NM * scale_log2 - lse_M[None, :])
-            p_low = p_NM.to(TYPE)
-            if WIDE:
-                p_tiles.index(GROUP).store(p_low)
-                dp_NM = hopper.warpgroup_mma_wait(0, deps=[dp])
+    if count > 0:
+        dq_0 = gl.full([_M, D], 0.0, gl.float32, G_LAYOUT)
+        dq_1 = gl.full([_M, D], 0.0, gl.float32, G_LAYOUT)
+        visit = -1
+        heads = -1
+        for i in range(count):
+            row, left, h, fresh, ends = _take(units, unit_full, unit_empty, i)
+            is_new = fresh > 0
+            visit += is_new.to(gl.int32)
+            heads += (fresh == 2).to(gl.int32)
+            adds = fresh < 2
+            # 0, which the compiler cannot know: addresses are computed where they are used.
+            zero = left >> 31
+            at, phase = i % PLACES, i // PLACES & 1
+            do_at, do_phase = visit % DO_PLACES, visit // DO_PLACES & 1
+            stats = stats_tiles.index(do_at)._reinterpret(gl.float32, [ALL * 2 * _M], FLAT)
+            keys, values = k_tiles.index(at + zero), v_tiles.index(at + zero)
+            # Through a wait: registers of a product must be written before the first one is in flight.
+            s_MN = gl.full([_M, _N], 0.0, gl.float32, S_LAYOUT)
+            dp_MN = gl.full([_M, _N], 0.0, gl.float32, S_LAYOUT)
+            s_MN, dp_MN, dq_0, dq_1 = hopper.warpgroup_mma_wait(0, deps=[s_MN, dp_MN, dq_0, dq_1])
+            mbarrier.wait(q_full, heads & 1, pred=fresh == 2)
+            mbarrier.wait(k_full.index(at), phase)
+            s = hopper.warpgroup_mma(q_tiles.index(GROUP * PARTS + zero), keys.permute((1, 0)), s_MN, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(at), phase)
+            mbarrier.wait(do_full.index(do_at * ALL + GROUP * PARTS), do_phase, pred=is_new)
+            dp = hopper.warpgroup_mma(do_tiles.index(zero + do_at * ALL + GROUP * PARTS), values.permute((1, 0)), dp_MN, use_acc=False, is_async=True)
+            mbarrier.wait(stats_full.index(do_at), do_phase, pred=is_new)
+            for j in gl.static_range(PARTS):
+                own_p = p_tiles.index(GROUP + zero).slice(j * _N, _N, 1)
+                own_ds = ds_tiles.index(GROUP + zero).slice(j * _N, _N, 1)
+                if j == 0:
+                    s_MN = hopper.warpgroup_mma_wait(1, deps=[s])
+                else:
+                    s_MN = hopper.warpgroup_mma_wait(2, deps=[s])
+                lse_M = stats.slice(2 * (GROUP * PARTS + j) * _M, _M, 0).load(ROW)
+                p_MN = gl.exp2(s_MN * scale_log2 - lse_M[:, None])
+                if j == 0:
+                    tma.store_wait(0)
+                    mbarrier.wait(other_free, (i & 1) ^ 1)
+                own_p.store(p_MN.to(TYPE))
+                if j == 0:
+                    dp_MN = hopper.warpgroup_mma_wait(0, deps=[dp])
+                else:
+                    dp_MN, dq_0 = hopper.warpgroup_mma_wait(0, deps=[dp, dq_0])
+                if j == PARTS - 1:
+                    mbarrier.arrive(v_empty.index(at), count=1)
+                delta_M = stats.slice((2 * (GROUP * PARTS + j) + 1) * _M, _M, 0).load(ROW)
+                ds_MN = p_MN * (dp_MN * scale - delta_M[:, None])
+                if left < _N:
+                    column_N = gl.arange(0, _N, gl.SliceLayout(0, S_LAYOUT))
+                    ds_MN = gl.where((column_N < left)[None, :], ds_MN, 0.0)
+                own_ds.store(ds_MN.to(TYPE))
+                hopper.fence_async_shared()
+                if j < PARTS - 1:
+                    s = hopper.warpgroup_mma(q_tiles.index(GROUP * PARTS + j + 1 + zero), keys.permute((1, 0)), s_MN, use_acc=False, is_async=True)
+                else:
+                    mbarrier.arrive(own_full, count=1)
+                if j == 0:
+                    dq_0 = hopper.warpgroup_mma(own_ds, keys, dq_0, use_acc=adds, is_async=True)
+                else:
+                    dq_1 = hopper.warpgroup_mma(own_ds, keys, dq_1, use_acc=adds, is_async=True)
+                if j < PARTS - 1:
+                    mbarrier.wait(do_full.index(do_at * ALL + GROUP * PARTS + j + 1), do_phase, pred=is_new)
+                    dp = hopper.warpgroup_mma(do_tiles.index(zero + do_at * ALL + GROUP * PARTS + j + 1), values.permute((1, 0)), dp_MN, use_acc=False, is_async=True)
+            dx_ND = gl.full([_N, D], 0.0, gl.float32, G_LAYOUT)
+            if PARTS == 1:
+                dq_0, dx_ND = hopper.warpgroup_mma_wait(0, deps=[dq_0, dx_ND])
             else:
-                dp_NM, p_NM = hopper.warpgroup_mma_wait(0, deps=[dp, p_NM])
-            mbarrier.arrive(v_empty, count=1, pred=is_last)
-            delta_M = stats_tiles.index(t % SLOTS).slice(_M, _M, 0).load(gl.SliceLayout(0, S_LAYOUT))
-            ds_NM = p_NM * (dp_NM * scale - delta_M[None, :])
-            own_left = left - GROUP * 64
-            if own_left < 64:
-                row_N = gl.arange(0, 64, gl.SliceLayout(1, S_LAYOUT))
-                ds_NM = gl.where((row_N < own_left)[:, None], ds_NM, 0.0)
-            ds_NM = ds_NM.to(TYPE)
-            swap, phase = t % SWAPS, t // SWAPS & 1
-            own_ds, other_ds = ds_tiles.index(2 * swap + GROUP), ds_tiles.index(2 * swap + 1 - GROUP)
-            mbarrier.wait(own_free.index(swap), phase ^ 1)
-            own_ds.store(ds_NM)
-            hopper.fence_async_shared()
-            mbarrier.arrive(own_full.index(swap), count=1)
-            p_a = p_tiles.index(GROUP + zero) if WIDE else gl.convert_layout(p_low, A_LAYOUT)
-            ds_a = own_ds if WIDE else gl.convert_layout(ds_NM, A_LAYOUT)
-            dv_sum = hopper.warpgroup_mma(p_a, do_t, dv_sum, use_acc=m > 0, is_async=True)
-            dk_sum = hopper.warpgroup_mma(ds_a, q_t, dk_sum, use_acc=m > 0, is_async=True)
-            more = (not is_last) | (i + 1 < count)
-            after = i + is_last.to(gl.int32)
-            next_at = after % _K_PLACES
-            mbarrier.wait(k_full.index(next_at), after // _K_PLACES & 1, pred=is_last & more)
-            s = _start(k_tiles.index(2 * next_at + GROUP), q_tiles, q_full, t + 1, s_NM, more)
-            if WIDE:
-                dq_MD = gl.convert_layout(dp_NM, Q_LAYOUT, assert_trivial=True)
-            k_half = k_tiles.index(2 * at + GROUP).slice(GROUP * HALF, HALF, 1)
-            dq_sum = hopper.warpgroup_mma(own_ds.permute((1, 0)), k_half, dq_MD, use_acc=False, is_async=True)
-            mbarrier.wait(other_full.index(swap), phase)
-            k_half = k_tiles.index(2 * at + 1 - GROUP).slice(GROUP * HALF, HALF, 1)
-            dq_sum = hopper.warpgroup_mma(other_ds.permute((1, 0)), k_half, dq_sum, is_async=True)
-            s_NM, dk_ND, dv_ND = hopper.warpgroup_mma_wait(2, deps=[s, dk_sum, dv_sum])
-            s = hopper.warpgroup_mma_init(s_NM)
-            dk_sum, dv_sum = hopper.warpgroup_mma_init(dk_ND), hopper.warpgroup_mma_init(dv_ND)
-            mbarrier.arrive(empty.index(t % SLOTS), count=1)
-            # What was added to these rows for the key tile before is there.
-            _wait_for_stores()
-            tma.store_wait(0)
-            # The place of the keys before, where dK was staged.
-            mbarrier.arrive(k_empty.index((i + 1) % _K_PLACES), count=1, pred=(m == 0) & (i > 0))
-            dq_MD = hopper.warpgroup_mma_wait(0, deps=[dq_sum])
-            mbarrier.arrive(other_free.index(swap), count=1)
-            staged.store(dq_MD)
-            hopper.fence_async_shared()
-            if WIDE:
-                dp_NM = gl.convert_layout(dq_MD, S_LAYOUT, assert_trivial=True)
-            mbarrier.wait(v_full, after & 1, pred=is_last & more)
-            dp = _start(own_v, do_tiles, do_full, t + 1, dp_NM, more)
-            dq_row = (gl.program_id(0) + h) * query_rows + m
-            if h == head:
-                add(dq, [dq_row, GROUP * HALF], staged)
+                dq_1, dx_ND = hopper.warpgroup_mma_wait(0, deps=[dq_1, dx_ND])
+            mbarrier.arrive(k_empty.index(at), count=1)
+            dx_sum = hopper.warpgroup_mma_init(dx_ND)
+            mbarrier.wait(other_full, i & 1)
+            for part in gl.static_range(ALL):
+                if GROUP == 0:
+                    mbarrier.wait(do_full.index(do_at * ALL + part), do_phase, pred=is_new)
+                    x = p_tiles.index(part // PARTS + zero).slice(part % PARTS * _N, _N, 1)
+                    y = do_tiles.index(zero + do_at * ALL + part)
+                else:
+                    x = ds_tiles.index(part // PARTS + zero).slice(part % PARTS * _N, _N, 1)
+                    y = q_tiles.index(part + zero)
+                dx_sum = hopper.warpgroup_mma(x.permute((1, 0)), y, dx_sum, use_acc=part > 0, is_async=True)
+            dx_ND = hopper.warpgroup_mma_wait(0, deps=[dx_sum])
+            mbarrier.arrive(own_free, count=1)
+            mbarrier.arrive(do_empty.index(do_at), count=1, pred=(left <= _N) | (ends > 0))
+            mbarrier.arrive(q_empty, count=1, pred=ends > 0)
+            if left >= _N:
+                staged.store(dx_ND.to(TYPE))
+                hopper.fence_async_shared()
+                store(dx, [row, h * stride_gh], staged)
             else:
-                store(dq, [dq_row, GROUP * HALF], staged)
-            m += _M
-            if is_last:
-                column = h * stride_gh
-                own_row = row + GROUP * 64
-                # The other group is done with these keys.
-                mbarrier.wait(own_free.index(swap), phase)
-                own_k = k_tiles.index(2 * (i % _K_PLACES) + GROUP)
-                _keep_rows(dk_pointer, dk, dk_ND, own_k, own_row, own_left, column, stride_gt, G_LAYOUT)
-                tma.store_wait(0)
-                _keep_rows(dv_pointer, dv, dv_ND, staged_dv, own_row, own_left, column, stride_gt, G_LAYOUT)
-                head = h
-                m = 0
-                i += 1
-                if more:
-                    row, left, h = _take(units, unit_full, unit_empty, i)
-        # Leftovers of the products past the end.
-        hopper.warpgroup_mma_wait(0, deps=[s, dp])
+                store_rows(dx_pointer + row.to(gl.int64) * stride_gt + h * stride_gh, dx_ND, 0, left, stride_gt, G_LAYOUT)
+            if ends > 0:
+                share = shares + ((gl.program_id(0) + h) * ALL + GROUP * PARTS).to(gl.int64) * (_M * D)
+                store_rows(share, dq_0, 0, _M, D, G_LAYOUT)
+                if PARTS == 2:
+                    store_rows(share + _M * D, dq_1, 0, _M, D, G_LAYOUT)
     tma.store_wait(0)
 
 
@@ -294,45 +269,45 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_examples", "num_shared"])
 def _seeds_bwd_hopper_kernel(
-    q, k, v, do, dq, dk, dv, dk_pointer, dv_pointer, stats, before, offsets, num_examples, num_heads, num_shared,
+    q, k, v, do, stats, dk, dv, dk_pointer, dv_pointer, shares, before, offsets, num_examples, num_heads, num_shared,
     scale, scale_log2,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
-    stride_gt: gl.constexpr, stride_gh: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, SWAPS: gl.constexpr,
+    stride_gt: gl.constexpr, stride_gh: gl.constexpr,
+    D: gl.constexpr, PARTS: gl.constexpr, PLACES: gl.constexpr, DO_PLACES: gl.constexpr,
 ):  # fmt: skip
-    """q to dv are the copy engine's descriptors, of 64 rows; dq's are of float32 and half a head's columns.
-
-    `before` and `stats` are what `_prepare_seeds_kernel` leaves.
-    """
+    """q to dv are the copy engine's descriptors, of 64 rows; `stats`, of all parts of a head's, and `before` are what
+    `_prepare_seeds_kernel` leaves. PLACES: of key tiles on chip; DO_PLACES: of examples' dO."""
     TYPE: gl.constexpr = q.dtype
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, _M], TYPE)
-    q_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, _M, D], q.layout)
-    do_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, _M, D], do.layout)
-    k_tiles = gl.allocate_shared_memory(TYPE, [2 * _K_PLACES, 64, D], k.layout)
-    v_tiles = gl.allocate_shared_memory(TYPE, [2, 64, D], v.layout)
-    ds_tiles = gl.allocate_shared_memory(TYPE, [2 * SWAPS, 64, _M], DS_LAYOUT)
-    p_tiles = ds_tiles
-    if D == 128:
-        p_tiles = gl.allocate_shared_memory(TYPE, [2, 64, _M], DS_LAYOUT)
-    dq_tiles = gl.allocate_shared_memory(gl.float32, [2, _M, D // 2], dq.layout)
-    stats_tiles = gl.allocate_shared_memory(gl.float32, [SLOTS, 2 * _M], FLAT)
-    units = gl.allocate_shared_memory(gl.int32, [8, 1], FLAT)
+    ALL: gl.constexpr = 2 * PARTS
+    P_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, PARTS * _N], TYPE)
+    q_tiles = gl.allocate_shared_memory(TYPE, [ALL, _M, D], q.layout)
+    do_tiles = gl.allocate_shared_memory(TYPE, [DO_PLACES * ALL, _M, D], do.layout)
+    p_tiles = gl.allocate_shared_memory(TYPE, [2, _M, PARTS * _N], P_LAYOUT)
+    ds_tiles = gl.allocate_shared_memory(TYPE, [2, _M, PARTS * _N], P_LAYOUT)
+    k_tiles = gl.allocate_shared_memory(TYPE, [PLACES, _N, D], k.layout)
+    v_tiles = gl.allocate_shared_memory(TYPE, [PLACES, _N, D], v.layout)
+    staged = p_tiles
+    if not (PARTS == 2 and D == 128):
+        staged = gl.allocate_shared_memory(TYPE, [2, _N, D], dv.layout)
+    stats_tiles = gl.allocate_shared_memory(gl.float32, [DO_PLACES, ALL, 2 * _M], stats.layout)
+    units = gl.allocate_shared_memory(gl.int32, [2 * _WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     units = (units, _barriers(2, 1), _barriers(2, 2))
-    q_full, do_full, stats_full, empty = _barriers(SLOTS, 1), _barriers(SLOTS, 1), _barriers(SLOTS, 1), _barriers(SLOTS, 2)
-    k_full, k_empty, v_full, v_empty = _barriers(_K_PLACES, 2), _barriers(_K_PLACES, 2), _barriers(1, 2), _barriers(1, 2)
-    full_0, full_1, free_0, free_1 = _barriers(SWAPS, 1), _barriers(SWAPS, 1), _barriers(SWAPS, 1), _barriers(SWAPS, 1)
+    q_full, q_empty = _barriers(1, ALL), _barriers(1, 2)
+    do_full, do_empty, stats_full = _barriers(DO_PLACES * ALL, 1), _barriers(DO_PLACES, 2), _barriers(DO_PLACES, 1)
+    k_full, k_empty, v_full, v_empty = _barriers(PLACES, 1), _barriers(PLACES, 2), _barriers(PLACES, 1), _barriers(PLACES, 2)
+    full, free = _barriers(2, 1), _barriers(2, 1)
     hopper.fence_async_shared()
     tiles = (q_tiles, do_tiles, k_tiles, v_tiles, stats_tiles)
-    made = (ds_tiles, p_tiles, dq_tiles)
-    barriers = (q_full, do_full, stats_full, empty, k_full, k_empty, v_full.index(0), v_empty.index(0))
+    made = (p_tiles, ds_tiles, staged)
+    barriers = (q_full.index(0), q_empty.index(0), do_full, do_empty, stats_full, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize(
         [
-            (_consume, (dq, dk, dv, dk_pointer, dv_pointer, before, num_examples, num_heads, num_shared, scale,
-                        scale_log2, units, tiles, made, barriers, (full_0, full_1, free_0, free_1),
-                        stride_gt, stride_gh, 0)),
-            (_consume, (dq, dk, dv, dk_pointer, dv_pointer, before, num_examples, num_heads, num_shared, scale,
-                        scale_log2, units, tiles, made, barriers, (full_1, full_0, free_1, free_0),
-                        stride_gt, stride_gh, 1)),
+            (_consume, (dv, dv_pointer, shares, before, num_examples, num_heads, scale, scale_log2, units, tiles, made,
+                        barriers, (full.index(0), full.index(1), free.index(0), free.index(1)),
+                        stride_gt, stride_gh, 0, PARTS)),
+            (_consume, (dk, dk_pointer, shares, before, num_examples, num_heads, scale, scale_log2, units, tiles, made,
+                        barriers, (full.index(1), full.index(0), free.index(1), free.index(0)),
+                        stride_gt, stride_gh, 1, PARTS)),
             (_produce, (q, k, v, do, stats, before, offsets, num_examples, num_heads, num_shared, units, tiles, barriers,
                         stride_qh, stride_kh, stride_vh, stride_doh)),
         ],

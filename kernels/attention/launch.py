@@ -102,7 +102,7 @@ def backward(
         run((num_examples * num_heads,), q, k, v, out, grad, lse, dq, dk, dv, offsets, num_heads, q.shape[0], *scales)
     else:
         if shared and on_hopper:
-            rings = seeds_rings(q.dtype, q.shape[2], num_examples * num_heads, short)
+            rings = seeds_rings(q.dtype, q.shape[2], q.shape[0], num_examples * num_heads)
             got = seeds_backward_on_hopper((q, k, v, out, grad, lse, dk, dv, offsets), scales, rings) if rings else None
             if got is not None:
                 return got, dk, dv

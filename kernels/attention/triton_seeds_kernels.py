@@ -13,8 +13,8 @@ import triton.language as tl
 
 @triton.jit
 def _prepare_seeds_kernel(
-    out, do, lse, offsets, stats, before, num_examples, num_heads, num_shared, query_rows, scale,
-    stride_dot: tl.constexpr, stride_doh: tl.constexpr, D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    out, do, lse, offsets, stats, before, num_examples, num_shared, query_rows, scale,
+    stride_dot: tl.constexpr, stride_doh: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     KEYS: tl.constexpr, EXAMPLES: tl.constexpr,
 ):  # fmt: skip
     """Statistics of queries by tile of 64, and the number of key tiles before each example.
@@ -35,26 +35,29 @@ def _prepare_seeds_kernel(
             tiles += tl.sum(tiles_B, 0)
         tl.store(before + num_examples, tiles)
     else:
-        # Rows of one head each, those past the seeds too.
-        pair = (tl.program_id(0) - 1).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        h = pair % num_heads
-        b, row = pair // num_heads // query_rows, pair // num_heads % query_rows
-        real = (row < num_shared) & (b < num_examples)
+        # Rows of one head each, those past the seeds too; all of one example.
+        blocks = query_rows * H // BLOCK_ROWS
+        b = ((tl.program_id(0) - 1) // blocks).to(tl.int64)
+        pair = (tl.program_id(0) - 1) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        h, row = pair % H, pair // H
+        real = row < num_shared
         d = tl.arange(0, D)
-        at = b * num_shared + row
-        o_RD = tl.load(out + ((at * num_heads + h)[:, None] * D + d[None, :]), mask=real[:, None], other=0.0)
-        do_RD = tl.load(do + ((at * stride_dot + h * stride_doh)[:, None] + d[None, :]), mask=real[:, None], other=0.0)
-        lse_R = tl.load(lse + at * num_heads + h, mask=real, other=float("inf"))
+        first = b * num_shared
+        o_at = out + first * (H * D) + (pair[:, None] * D + d[None, :])
+        do_at = do + first * stride_dot + ((row * stride_dot + h * stride_doh)[:, None] + d[None, :])
+        o_RD = tl.load(o_at, mask=real[:, None], other=0.0)
+        do_RD = tl.load(do_at, mask=real[:, None], other=0.0)
+        lse_R = tl.load(lse + first * H + pair, mask=real, other=float("inf"))
         delta_R = tl.sum(o_RD.to(tl.float32) * do_RD.to(tl.float32), 1) * scale
-        place = ((b * num_heads + h) * (query_rows // 64) + row // 64) * 128 + row % 64
-        tl.store(stats + place, lse_R, mask=b < num_examples)
-        tl.store(stats + place + 64, delta_R, mask=b < num_examples)
+        place = stats + b * (2 * H * query_rows) + (h * (2 * query_rows) + row // 64 * 128 + row % 64)
+        tl.store(place, lse_R)
+        tl.store(place + 64, delta_R)
 
 
 @triton.jit
 def _add_shares_kernel(
     shares, before, dq, num_examples, num_heads, num_shared, query_rows, num_programs, D: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """dq (num_shared, H, D): the sum of what programs added up for a head, in a fixed order."""
     h = tl.program_id(1)
@@ -65,12 +68,13 @@ def _add_shares_kernel(
     if each > 0:
         first = (((h * each + 1) * num_programs - 1) // total).to(tl.int32)
         end = (((h + 1) * each * num_programs - 1) // total).to(tl.int32) + 1
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    d = tl.arange(0, D)
-    place = row[:, None] * D + d[None, :]
-    sum_RD = tl.zeros((BLOCK_ROWS, D), tl.float32)
-    for p in range(first, end):
-        some = total * p // num_programs < total * (p + 1) // num_programs
-        base = shares + (p + h).to(tl.int64) * query_rows * D
-        sum_RD += tl.load(base + place, mask=(row < num_shared)[:, None] & some, other=0.0)
-    tl.store(dq + ((row * num_heads + h)[:, None] * D + d[None, :]), sum_RD, mask=(row < num_shared)[:, None])
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sum_B = tl.zeros((BLOCK,), tl.float32)
+    for some in range(first, end, SHARES):
+        p = some + tl.arange(0, SHARES)
+        # More programs than tiles: some have none.
+        real = (p < end) & (total * p // num_programs < total * (p + 1) // num_programs)
+        of_share = (p + h).to(tl.int64) * (query_rows * D)
+        sum_B += tl.sum(tl.load(shares + (of_share[:, None] + place[None, :]), mask=real[:, None], other=0.0), 0)
+    row = place // D
+    tl.store(dq + ((row * num_heads + h) * D + place % D), sum_B, mask=row < num_shared)
