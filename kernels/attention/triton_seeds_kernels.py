@@ -25,14 +25,14 @@ def _prepare_seeds_kernel(
     """
     if tl.program_id(0) == 0:
         tiles = 0
-        for first in range(0, num_examples, EXAMPLES):
-            b = first + tl.arange(0, EXAMPLES)
-            real = b < num_examples
-            length_B = tl.load(offsets + b + 1, mask=real, other=0) - tl.load(offsets + b, mask=real, other=0)
-            tiles_B = (length_B + (KEYS - 1)) // KEYS
-            end_B = tiles + tl.cumsum(tiles_B, 0)
-            tl.store(before + b, end_B - tiles_B, mask=real)
-            tiles += tl.sum(tiles_B, 0)
+        for some in range(0, num_examples, EXAMPLES):
+            b_E = some + tl.arange(0, EXAMPLES)
+            real_E = b_E < num_examples
+            length_E = tl.load(offsets + b_E + 1, mask=real_E, other=0) - tl.load(offsets + b_E, mask=real_E, other=0)
+            tiles_E = (length_E + (KEYS - 1)) // KEYS
+            end_E = tiles + tl.cumsum(tiles_E, 0)
+            tl.store(before + b_E, end_E - tiles_E, mask=real_E)
+            tiles += tl.sum(tiles_E, 0)
         tl.store(before + num_examples, tiles)
     else:
         # Rows of one head each, those past the seeds too; all of one example.
