@@ -21,7 +21,7 @@ from kernels.hopper_ring import all_warps, copy_in, get, put, store, store_rows
 
 _M = gl.constexpr(64)
 _N = gl.constexpr(64)
-_WORDS = gl.constexpr(4)  # of an announcement
+_WORDS = gl.constexpr(8)  # of an announcement
 
 
 @gluon.jit
@@ -57,17 +57,35 @@ def _rows(offsets, b):
 
 
 @gluon.jit
+def _prefetch(base, num_rows, real_rows, stride: gl.constexpr, D: gl.constexpr):
+    """Ask for rows of one head in the L2 cache, in steps of 64, of which `real_rows` exist, at least one."""
+    LINES: gl.constexpr = D // 64  # of 128 bytes
+    line = gl.arange(0, 64 * LINES, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    for first in range(0, num_rows, 64):
+        row = gl.minimum(first + line // LINES, real_rows - 1)
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [base + (row * stride + line % LINES * 64)],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
 def _produce(
-    q, k, v, do, stats, before, offsets, num_examples, num_heads, num_shared, units, tiles, barriers,
-    stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
+    q, k, v, do, pointers, before, offsets, num_examples, num_heads, num_shared, units, tiles, barriers,
+    stride_qh: gl.constexpr, stride_kt: gl.constexpr, stride_kh: gl.constexpr, stride_vt: gl.constexpr,
+    stride_vh: gl.constexpr, stride_dot: gl.constexpr, stride_doh: gl.constexpr,
+    stride_gt: gl.constexpr, stride_gh: gl.constexpr,
 ):  # fmt: skip
     """One warp: announces key tiles and has all tiles copied."""
     units, unit_full, unit_empty = units
-    q_tiles, do_tiles, k_tiles, v_tiles, stats_tiles = tiles
-    q_full, q_empty, do_full, do_empty, stats_full, k_full, k_empty, v_full, v_empty = barriers
+    q_tiles, do_tiles, k_tiles, v_tiles = tiles
+    q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty = barriers
     ALL: gl.constexpr = q_tiles.shape[0]
     PLACES: gl.constexpr = k_tiles.shape[0]
-    DO_PLACES: gl.constexpr = stats_full.shape[0]
+    DO_PLACES: gl.constexpr = do_empty.shape[0]
+    D: gl.constexpr = q_tiles.shape[2]
+    k_pointer, v_pointer, do_pointer, out_pointer = pointers
+    num_keys = gl.load(offsets + num_examples)
     first_tile, end, each = _share(before, num_examples, num_heads)
     h = first_tile // each
     b = _find(before, num_examples, first_tile - h * each)
@@ -96,6 +114,7 @@ def _produce(
         put(units.index(i % 2 * _WORDS + 1), length - n)
         put(units.index(i % 2 * _WORDS + 2), h)
         put(units.index(i % 2 * _WORDS + 3), fresh + 4 * ends.to(gl.int32))
+        put(units.index(i % 2 * _WORDS + 4), b)
         mbarrier.arrive(unit_full.index(i % 2), count=1)
         at = i % PLACES
         mbarrier.wait(v_empty.index(at), (i // PLACES & 1) ^ 1)
@@ -110,48 +129,70 @@ def _produce(
         if fresh > 0:
             place = visit % DO_PLACES
             mbarrier.wait(do_empty.index(place), (visit // DO_PLACES & 1) ^ 1)
-            copy_in(stats, (b * num_heads + h) * ALL, 0, stats_full.index(place), stats_tiles.index(place), True)
             for part in gl.static_range(ALL):
                 full, tile = do_full.index(place * ALL + part), do_tiles.index(place * ALL + part)
                 copy_in(do, b * num_shared + part * _M, h * stride_doh, full, tile, True)
             visit += 1
+            after = gl.minimum(b + 1, num_examples - 1).to(gl.int64) * num_shared
+            _prefetch(do_pointer + after * stride_dot + h * stride_doh, num_shared, num_shared, stride_dot, D)
+            _prefetch(out_pointer + after * stride_gt + h * stride_gh, num_shared, num_shared, stride_gt, D)
         fresh = 0
+        # The next tile's rows, be they of this example or of the next one.
+        after = gl.minimum(kv_first + gl.minimum(n + _N, length), num_keys - 1)
+        _prefetch(k_pointer + after.to(gl.int64) * stride_kt + h * stride_kh, _N, num_keys - after, stride_kt, D)
+        _prefetch(v_pointer + after.to(gl.int64) * stride_vt + h * stride_vh, _N, num_keys - after, stride_vt, D)
         n += _N
 
 
 @gluon.jit
 def _take(units, full, empty, i):
-    """Row, rows left in its example, head and marks of the i-th key tile."""
+    """Row, rows left in its example, head, marks and example of the i-th key tile."""
     mbarrier.wait(full.index(i % 2), i // 2 & 1)
     row = get(units.index(i % 2 * _WORDS))
     left = get(units.index(i % 2 * _WORDS + 1))
     h = get(units.index(i % 2 * _WORDS + 2))
     marks = get(units.index(i % 2 * _WORDS + 3))
+    b = get(units.index(i % 2 * _WORDS + 4))
     all_warps()  # have read
     mbarrier.arrive(empty.index(i % 2), count=1)
-    return row, left, h, marks & 3, marks >> 2
+    return row, left, h, marks & 3, marks >> 2, b
+
+
+@gluon.jit
+def _seeds_of_part(part: gl.constexpr, num_shared, LAYOUT: gl.constexpr):
+    """Numbers of a part's seeds, and which exist."""
+    m = part * _M + gl.arange(0, _M, LAYOUT)
+    return m, m < num_shared
+
+
+@gluon.jit
+def _keep_statistics(stats, part: gl.constexpr, o_MD, do_MD, lse, first, h, num_heads, num_shared, scale):
+    """lse and scale * rowsum(dO * O) of a part's seeds, for the group. Rows past the seeds have an infinite lse."""
+    stats.index(2 * part + 1).store(gl.sum(o_MD.to(gl.float32) * do_MD.to(gl.float32), 1) * scale)
+    m, real_M = _seeds_of_part(part, num_shared, gl.BlockedLayout([1], [32], [4], [0]))
+    stats.index(2 * part).store(gl.load(lse + (first + m) * num_heads + h, mask=real_M, other=float("inf")))
 
 
 @gluon.jit
 def _consume(
-    dx, dx_pointer, shares, before, num_examples, num_heads, scale, scale_log2, units, tiles, made, barriers, exchange,
+    dx, dx_pointer, out, lse, shares, before, num_examples, num_heads, num_shared, scale, scale_log2, units, tiles, made, barriers, exchange,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Four warps, with PARTS parts of the seeds. dX is dV in group 0 and dK in group 1."""
     units, unit_full, unit_empty = units
-    q_tiles, do_tiles, k_tiles, v_tiles, stats_tiles = tiles
-    p_tiles, ds_tiles, staged = made
-    q_full, q_empty, do_full, do_empty, stats_full, k_full, k_empty, v_full, v_empty = barriers
+    q_tiles, do_tiles, k_tiles, v_tiles = tiles
+    p_tiles, ds_tiles, staged, stats = made
+    q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty = barriers
     own_full, other_full, own_free, other_free = exchange
     ALL: gl.constexpr = 2 * PARTS
     PLACES: gl.constexpr = k_tiles.shape[0]
-    DO_PLACES: gl.constexpr = stats_full.shape[0]
+    DO_PLACES: gl.constexpr = do_empty.shape[0]
     D: gl.constexpr = q_tiles.shape[2]
     TYPE: gl.constexpr = q_tiles.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _N, 16])
     G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ROWS_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     if PARTS == 2 and D == 128:
         # dX leaves through the group's own parts of what only this group's last product reads.
         staged = ds_tiles.index(GROUP) if GROUP else p_tiles.index(GROUP)
@@ -165,7 +206,7 @@ def _consume(
         visit = -1
         heads = -1
         for i in range(count):
-            row, left, h, fresh, ends = _take(units, unit_full, unit_empty, i)
+            row, left, h, fresh, ends, b = _take(units, unit_full, unit_empty, i)
             is_new = fresh > 0
             visit += is_new.to(gl.int32)
             heads += (fresh == 2).to(gl.int32)
@@ -174,8 +215,22 @@ def _consume(
             zero = left >> 31
             at, phase = i % PLACES, i // PLACES & 1
             do_at, do_phase = visit % DO_PLACES, visit // DO_PLACES & 1
-            stats = stats_tiles.index(do_at)._reinterpret(gl.float32, [ALL * 2 * _M], FLAT)
             keys, values = k_tiles.index(at + zero), v_tiles.index(at + zero)
+            if is_new:
+                first = b.to(gl.int64) * num_shared
+                o_base = out + first * stride_gt + h * stride_gh
+                d = gl.arange(0, D, gl.SliceLayout(0, ROWS_LAYOUT))
+                m, real_M = _seeds_of_part(GROUP * PARTS, num_shared, gl.SliceLayout(1, ROWS_LAYOUT))
+                o_0 = gl.load(o_base + (m[:, None] * stride_gt + d[None, :]), mask=real_M[:, None], other=0.0)
+                mbarrier.wait(do_full.index(do_at * ALL + GROUP * PARTS), do_phase)
+                do_MD = do_tiles.index(do_at * ALL + GROUP * PARTS).load(ROWS_LAYOUT)
+                _keep_statistics(stats, GROUP * PARTS, o_0, do_MD, lse, first, h, num_heads, num_shared, scale)
+                if PARTS == 2:
+                    m, real_M = _seeds_of_part(GROUP * PARTS + 1, num_shared, gl.SliceLayout(1, ROWS_LAYOUT))
+                    o_1 = gl.load(o_base + (m[:, None] * stride_gt + d[None, :]), mask=real_M[:, None], other=0.0)
+                    mbarrier.wait(do_full.index(do_at * ALL + GROUP * PARTS + 1), do_phase)
+                    do_MD = do_tiles.index(do_at * ALL + GROUP * PARTS + 1).load(ROWS_LAYOUT)
+                    _keep_statistics(stats, GROUP * PARTS + 1, o_1, do_MD, lse, first, h, num_heads, num_shared, scale)
             # Through a wait: registers of a product must be written before the first one is in flight.
             s_MN = gl.full([_M, _N], 0.0, gl.float32, S_LAYOUT)
             dp_MN = gl.full([_M, _N], 0.0, gl.float32, S_LAYOUT)
@@ -184,9 +239,7 @@ def _consume(
             mbarrier.wait(k_full.index(at), phase)
             s = hopper.warpgroup_mma(q_tiles.index(GROUP * PARTS + zero), keys.permute((1, 0)), s_MN, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(at), phase)
-            mbarrier.wait(do_full.index(do_at * ALL + GROUP * PARTS), do_phase, pred=is_new)
             dp = hopper.warpgroup_mma(do_tiles.index(zero + do_at * ALL + GROUP * PARTS), values.permute((1, 0)), dp_MN, use_acc=False, is_async=True)
-            mbarrier.wait(stats_full.index(do_at), do_phase, pred=is_new)
             for j in gl.static_range(PARTS):
                 own_p = p_tiles.index(GROUP + zero).slice(j * _N, _N, 1)
                 own_ds = ds_tiles.index(GROUP + zero).slice(j * _N, _N, 1)
@@ -194,7 +247,7 @@ def _consume(
                     s_MN = hopper.warpgroup_mma_wait(1, deps=[s])
                 else:
                     s_MN = hopper.warpgroup_mma_wait(2, deps=[s])
-                lse_M = stats.slice(2 * (GROUP * PARTS + j) * _M, _M, 0).load(ROW)
+                lse_M = stats.index(2 * (GROUP * PARTS + j)).load(ROW)
                 p_MN = gl.exp2(s_MN * scale_log2 - lse_M[:, None])
                 if j == 0:
                     tma.store_wait(0)
@@ -206,7 +259,7 @@ def _consume(
                     dp_MN, dq_0 = hopper.warpgroup_mma_wait(0, deps=[dp, dq_0])
                 if j == PARTS - 1:
                     mbarrier.arrive(v_empty.index(at), count=1)
-                delta_M = stats.slice((2 * (GROUP * PARTS + j) + 1) * _M, _M, 0).load(ROW)
+                delta_M = stats.index(2 * (GROUP * PARTS + j) + 1).load(ROW)
                 ds_MN = p_MN * (dp_MN * scale - delta_M[:, None])
                 if left < _N:
                     column_N = gl.arange(0, _N, gl.SliceLayout(0, S_LAYOUT))
@@ -217,19 +270,14 @@ def _consume(
                     s = hopper.warpgroup_mma(q_tiles.index(GROUP * PARTS + j + 1 + zero), keys.permute((1, 0)), s_MN, use_acc=False, is_async=True)
                 else:
                     mbarrier.arrive(own_full, count=1)
+                    dx_ND = gl.full([_N, D], 0.0, gl.float32, G_LAYOUT)
+                    dx_ND, dq_0 = hopper.warpgroup_mma_wait(0, deps=[dx_ND, dq_0])
                 if j == 0:
                     dq_0 = hopper.warpgroup_mma(own_ds, keys, dq_0, use_acc=adds, is_async=True)
                 else:
                     dq_1 = hopper.warpgroup_mma(own_ds, keys, dq_1, use_acc=adds, is_async=True)
                 if j < PARTS - 1:
-                    mbarrier.wait(do_full.index(do_at * ALL + GROUP * PARTS + j + 1), do_phase, pred=is_new)
                     dp = hopper.warpgroup_mma(do_tiles.index(zero + do_at * ALL + GROUP * PARTS + j + 1), values.permute((1, 0)), dp_MN, use_acc=False, is_async=True)
-            dx_ND = gl.full([_N, D], 0.0, gl.float32, G_LAYOUT)
-            if PARTS == 1:
-                dq_0, dx_ND = hopper.warpgroup_mma_wait(0, deps=[dq_0, dx_ND])
-            else:
-                dq_1, dx_ND = hopper.warpgroup_mma_wait(0, deps=[dq_1, dx_ND])
-            mbarrier.arrive(k_empty.index(at), count=1)
             dx_sum = hopper.warpgroup_mma_init(dx_ND)
             mbarrier.wait(other_full, i & 1)
             for part in gl.static_range(ALL):
@@ -241,6 +289,11 @@ def _consume(
                     x = ds_tiles.index(part // PARTS + zero).slice(part % PARTS * _N, _N, 1)
                     y = q_tiles.index(part + zero)
                 dx_sum = hopper.warpgroup_mma(x.permute((1, 0)), y, dx_sum, use_acc=part > 0, is_async=True)
+            if PARTS == 1:
+                dq_0 = hopper.warpgroup_mma_wait(ALL, deps=[dq_0])
+            else:
+                dq_1 = hopper.warpgroup_mma_wait(ALL, deps=[dq_1])
+            mbarrier.arrive(k_empty.index(at), count=1)
             dx_ND = hopper.warpgroup_mma_wait(0, deps=[dx_sum])
             mbarrier.arrive(own_free, count=1)
             mbarrier.arrive(do_empty.index(do_at), count=1, pred=(left <= _N) | (ends > 0))
@@ -269,14 +322,15 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_examples", "num_shared"])
 def _seeds_bwd_hopper_kernel(
-    q, k, v, do, stats, dk, dv, dk_pointer, dv_pointer, shares, before, offsets, num_examples, num_heads, num_shared,
-    scale, scale_log2,
-    stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
+    q, k, v, do, dk, dv, k_pointer, v_pointer, do_pointer, dk_pointer, dv_pointer, out, lse, shares, before, offsets,
+    num_examples, num_heads, num_shared, scale, scale_log2,
+    stride_qh: gl.constexpr, stride_kt: gl.constexpr, stride_kh: gl.constexpr, stride_vt: gl.constexpr,
+    stride_vh: gl.constexpr, stride_dot: gl.constexpr, stride_doh: gl.constexpr,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr,
     D: gl.constexpr, PARTS: gl.constexpr, PLACES: gl.constexpr, DO_PLACES: gl.constexpr,
 ):  # fmt: skip
-    """q to dv are the copy engine's descriptors, of 64 rows; `stats`, of all parts of a head's, and `before` are what
-    `_prepare_seeds_kernel` leaves. PLACES: of key tiles on chip; DO_PLACES: of examples' dO."""
+    """q to dv are the copy engine's descriptors, of 64 rows; `before` is what
+    `_count_tiles_kernel` leaves. PLACES: of key tiles on chip; DO_PLACES: of examples' dO."""
     TYPE: gl.constexpr = q.dtype
     ALL: gl.constexpr = 2 * PARTS
     P_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([_M, PARTS * _N], TYPE)
@@ -289,27 +343,28 @@ def _seeds_bwd_hopper_kernel(
     staged = p_tiles
     if not (PARTS == 2 and D == 128):
         staged = gl.allocate_shared_memory(TYPE, [2, _N, D], dv.layout)
-    stats_tiles = gl.allocate_shared_memory(gl.float32, [DO_PLACES, ALL, 2 * _M], stats.layout)
+    stats = gl.allocate_shared_memory(gl.float32, [2 * ALL, _M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     units = gl.allocate_shared_memory(gl.int32, [2 * _WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     units = (units, _barriers(2, 1), _barriers(2, 2))
     q_full, q_empty = _barriers(1, ALL), _barriers(1, 2)
-    do_full, do_empty, stats_full = _barriers(DO_PLACES * ALL, 1), _barriers(DO_PLACES, 2), _barriers(DO_PLACES, 1)
+    do_full, do_empty = _barriers(DO_PLACES * ALL, 1), _barriers(DO_PLACES, 2)
     k_full, k_empty, v_full, v_empty = _barriers(PLACES, 1), _barriers(PLACES, 2), _barriers(PLACES, 1), _barriers(PLACES, 2)
     full, free = _barriers(2, 1), _barriers(2, 1)
     hopper.fence_async_shared()
-    tiles = (q_tiles, do_tiles, k_tiles, v_tiles, stats_tiles)
-    made = (p_tiles, ds_tiles, staged)
-    barriers = (q_full.index(0), q_empty.index(0), do_full, do_empty, stats_full, k_full, k_empty, v_full, v_empty)
+    tiles = (q_tiles, do_tiles, k_tiles, v_tiles)
+    made = (p_tiles, ds_tiles, staged, stats)
+    barriers = (q_full.index(0), q_empty.index(0), do_full, do_empty, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize(
         [
-            (_consume, (dv, dv_pointer, shares, before, num_examples, num_heads, scale, scale_log2, units, tiles, made,
-                        barriers, (full.index(0), full.index(1), free.index(0), free.index(1)),
+            (_consume, (dv, dv_pointer, out, lse, shares, before, num_examples, num_heads, num_shared, scale, scale_log2,
+                        units, tiles, made, barriers, (full.index(0), full.index(1), free.index(0), free.index(1)),
                         stride_gt, stride_gh, 0, PARTS)),
-            (_consume, (dk, dk_pointer, shares, before, num_examples, num_heads, scale, scale_log2, units, tiles, made,
-                        barriers, (full.index(1), full.index(0), free.index(1), free.index(0)),
+            (_consume, (dk, dk_pointer, out, lse, shares, before, num_examples, num_heads, num_shared, scale, scale_log2,
+                        units, tiles, made, barriers, (full.index(1), full.index(0), free.index(1), free.index(0)),
                         stride_gt, stride_gh, 1, PARTS)),
-            (_produce, (q, k, v, do, stats, before, offsets, num_examples, num_heads, num_shared, units, tiles, barriers,
-                        stride_qh, stride_kh, stride_vh, stride_doh)),
+            (_produce, (q, k, v, do, (k_pointer, v_pointer, do_pointer, out), before, offsets, num_examples, num_heads,
+                        num_shared, units, tiles, barriers, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+                        stride_dot, stride_doh, stride_gt, stride_gh)),
         ],
         [4, 1],
         [240, 24],

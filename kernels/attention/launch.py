@@ -89,7 +89,7 @@ def backward(
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
     if num_examples == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
-    on_hopper = None
+    on_hopper, plan_given = None, plan
     if plan is None and is_hopper(q.device):
         short, seeds = k.shape[0] <= SHORT * num_examples, q.shape[0] if shared else None
         on_hopper = backward_tiles(q.dtype, q.shape[2], num_examples * num_heads, short, seeds, window)
@@ -101,11 +101,12 @@ def backward(
                      q.stride(), k.stride(), v.stride(), grad.stride(), out.stride())  # fmt: skip
         run((num_examples * num_heads,), q, k, v, out, grad, lse, dq, dk, dv, offsets, num_heads, q.shape[0], *scales)
     else:
-        if shared and on_hopper:
+        rings = None
+        if shared and plan_given is None and is_hopper(q.device):
             rings = seeds_rings(q.dtype, q.shape[2], q.shape[0], num_examples * num_heads)
-            got = seeds_backward_on_hopper((q, k, v, out, grad, lse, dk, dv, offsets), scales, rings) if rings else None
-            if got is not None:
-                return got, dk, dv
+        seeds_dq = seeds_backward_on_hopper((q, k, v, out, grad, lse, dk, dv, offsets), scales, rings) if rings else None
+        if seeds_dq is not None:
+            return seeds_dq, dk, dv
         tensors = (q, k, v, out, grad, lse, dq, dk, dv, offsets)
         if not (on_hopper and backward_on_hopper(tensors, shared, window, scales, on_hopper)):
             _backward_in_passes(tensors, shared, window, scales, plan)
