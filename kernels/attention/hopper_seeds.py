@@ -33,7 +33,7 @@ def seeds_rings(dtype: torch.dtype, width: int, seeds: int, programs: int) -> Se
     if width not in (64, 128) or not ROWS < seeds <= 4 * ROWS:
         return None
     parts = 1 if seeds <= 2 * ROWS else 2
-    return SeedsRings(parts, 1, 1) if width * parts == 256 else SeedsRings(parts, 2, 2)
+    return SeedsRings(parts, 1 if width * parts == 256 else 2, 2 if width * parts == 64 else 1)
 
 
 def seeds_backward_on_hopper(tensors: tuple[Tensor, ...], scales: tuple[float, float], rings: SeedsRings) -> Tensor | None:
@@ -44,7 +44,7 @@ def seeds_backward_on_hopper(tensors: tuple[Tensor, ...], scales: tuple[float, f
     query_rows = parts * ROWS
     # None without a tile: a head has as many as its rows fill at least.
     programs = min(multiprocessors(q.device), num_heads * -(-k.shape[0] // _KEYS))
-    engine = described((q, k, v, grad, dk, dv), [ROWS] * 6)
+    engine = described((q, k, v, out, grad, dk, dv), [ROWS] * 7)
     if engine is None:
         return None
     from kernels.attention.hopper_seeds_backward import _seeds_bwd_hopper_kernel
@@ -56,9 +56,8 @@ def seeds_backward_on_hopper(tensors: tuple[Tensor, ...], scales: tuple[float, f
     launch(_count_tiles_kernel, (1,), offsets, before, num_examples, KEYS=_KEYS, BLOCK=_EXAMPLES, num_warps=4)
     launch(
         _seeds_bwd_hopper_kernel, (programs,),
-        *engine, k, v, grad, dk, dv, out, lse, shares, before, offsets, num_examples, num_heads, num_shared, *scales,
-        stride_qh=q.stride(1), stride_kt=k.stride(0), stride_kh=k.stride(1), stride_vt=v.stride(0),
-        stride_vh=v.stride(1), stride_dot=grad.stride(0), stride_doh=grad.stride(1),
+        *engine, dk, dv, lse, shares, before, offsets, num_examples, num_heads, num_shared, *scales,
+        stride_qh=q.stride(1), stride_kh=k.stride(1), stride_vh=v.stride(1), stride_doh=grad.stride(1),
         stride_gt=dk.stride(0), stride_gh=dk.stride(1),
         D=width, PARTS=rings.parts, PLACES=rings.places, DO_PLACES=rings.do_places, num_warps=4,
     )  # fmt: skip

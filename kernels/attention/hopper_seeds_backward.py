@@ -57,35 +57,19 @@ def _rows(offsets, b):
 
 
 @gluon.jit
-def _prefetch(base, num_rows, real_rows, stride: gl.constexpr, D: gl.constexpr):
-    """Ask for rows of one head in the L2 cache, in steps of 64, of which `real_rows` exist, at least one."""
-    LINES: gl.constexpr = D // 64  # of 128 bytes
-    line = gl.arange(0, 64 * LINES, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    for first in range(0, num_rows, 64):
-        row = gl.minimum(first + line // LINES, real_rows - 1)
-        gl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [base + (row * stride + line % LINES * 64)],
-            dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@gluon.jit
 def _produce(
-    q, k, v, do, pointers, before, offsets, num_examples, num_heads, num_shared, units, tiles, barriers,
-    stride_qh: gl.constexpr, stride_kt: gl.constexpr, stride_kh: gl.constexpr, stride_vt: gl.constexpr,
-    stride_vh: gl.constexpr, stride_dot: gl.constexpr, stride_doh: gl.constexpr,
-    stride_gt: gl.constexpr, stride_gh: gl.constexpr,
+    q, k, v, o, do, before, offsets, num_examples, num_heads, num_shared, units, tiles, barriers,
+    stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
+    stride_gh: gl.constexpr,
 ):  # fmt: skip
     """One warp: announces key tiles and has all tiles copied."""
     units, unit_full, unit_empty = units
-    q_tiles, do_tiles, k_tiles, v_tiles = tiles
-    q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_tiles, o_tiles, do_tiles, k_tiles, v_tiles = tiles
+    q_full, q_empty, o_full, o_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty = barriers
     ALL: gl.constexpr = q_tiles.shape[0]
+    PARTS: gl.constexpr = ALL // 2
     PLACES: gl.constexpr = k_tiles.shape[0]
     DO_PLACES: gl.constexpr = do_empty.shape[0]
-    D: gl.constexpr = q_tiles.shape[2]
-    k_pointer, v_pointer, do_pointer, out_pointer = pointers
-    num_keys = gl.load(offsets + num_examples)
     first_tile, end, each = _share(before, num_examples, num_heads)
     h = first_tile // each
     b = _find(before, num_examples, first_tile - h * each)
@@ -127,20 +111,17 @@ def _produce(
                 copy_in(q, part * _M, h * stride_qh, q_full, q_tiles.index(part), True)
             heads += 1
         if fresh > 0:
+            mbarrier.wait(o_empty, (visit & 1) ^ 1)
+            for part in gl.static_range(ALL):
+                tile = _o_tile(o_tiles, part // PARTS, part % PARTS, PARTS)
+                copy_in(o, b * num_shared + part * _M, h * stride_gh, o_full, tile, True)
             place = visit % DO_PLACES
             mbarrier.wait(do_empty.index(place), (visit // DO_PLACES & 1) ^ 1)
             for part in gl.static_range(ALL):
                 full, tile = do_full.index(place * ALL + part), do_tiles.index(place * ALL + part)
                 copy_in(do, b * num_shared + part * _M, h * stride_doh, full, tile, True)
             visit += 1
-            after = gl.minimum(b + 1, num_examples - 1).to(gl.int64) * num_shared
-            _prefetch(do_pointer + after * stride_dot + h * stride_doh, num_shared, num_shared, stride_dot, D)
-            _prefetch(out_pointer + after * stride_gt + h * stride_gh, num_shared, num_shared, stride_gt, D)
         fresh = 0
-        # The next tile's rows, be they of this example or of the next one.
-        after = gl.minimum(kv_first + gl.minimum(n + _N, length), num_keys - 1)
-        _prefetch(k_pointer + after.to(gl.int64) * stride_kt + h * stride_kh, _N, num_keys - after, stride_kt, D)
-        _prefetch(v_pointer + after.to(gl.int64) * stride_vt + h * stride_vh, _N, num_keys - after, stride_vt, D)
         n += _N
 
 
@@ -159,30 +140,41 @@ def _take(units, full, empty, i):
 
 
 @gluon.jit
-def _seeds_of_part(part: gl.constexpr, num_shared, LAYOUT: gl.constexpr):
-    """Numbers of a part's seeds, and which exist."""
-    m = part * _M + gl.arange(0, _M, LAYOUT)
-    return m, m < num_shared
+def _o_tile(o_tiles, group: gl.constexpr, j: gl.constexpr, PARTS: gl.constexpr):
+    """Where part j of a group's O goes: a place of its own, or what P's (part 0) or dS's has been."""
+    first, second = o_tiles
+    if first.shape[0] == 2 * PARTS:
+        return first.index(group * PARTS + j)
+    elif j == 0:
+        return first.index(group)
+    else:
+        return second.index(group)
 
 
 @gluon.jit
-def _keep_statistics(stats, part: gl.constexpr, o_MD, do_MD, lse, first, h, num_heads, num_shared, scale):
-    """lse and scale * rowsum(dO * O) of a part's seeds, for the group. Rows past the seeds have an infinite lse."""
-    stats.index(2 * part + 1).store(gl.sum(o_MD.to(gl.float32) * do_MD.to(gl.float32), 1) * scale)
-    m, real_M = _seeds_of_part(part, num_shared, gl.BlockedLayout([1], [32], [4], [0]))
-    stats.index(2 * part).store(gl.load(lse + (first + m) * num_heads + h, mask=real_M, other=float("inf")))
+def _log_sums(lse, part: gl.constexpr, first, h, num_heads, num_shared):
+    """Of a part's seeds. Rows past the seeds have an infinite one: weights of 0."""
+    m = part * _M + gl.arange(0, _M, gl.BlockedLayout([1], [32], [4], [0]))
+    return gl.load(lse + (first + m) * num_heads + h, mask=m < num_shared, other=float("inf"))
+
+
+@gluon.jit
+def _row_sums(o_tile, do_tile):
+    """rowsum(dO * O)."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    return gl.sum(o_tile.load(LAYOUT).to(gl.float32) * do_tile.load(LAYOUT).to(gl.float32), 1)
 
 
 @gluon.jit
 def _consume(
-    dx, dx_pointer, out, lse, shares, before, num_examples, num_heads, num_shared, scale, scale_log2, units, tiles, made, barriers, exchange,
+    dx, dx_pointer, lse, shares, before, num_examples, num_heads, num_shared, scale, scale_log2, units, tiles, made, barriers, exchange,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Four warps, with PARTS parts of the seeds. dX is dV in group 0 and dK in group 1."""
     units, unit_full, unit_empty = units
-    q_tiles, do_tiles, k_tiles, v_tiles = tiles
+    q_tiles, o_tiles, do_tiles, k_tiles, v_tiles = tiles
     p_tiles, ds_tiles, staged, stats = made
-    q_full, q_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty = barriers
+    q_full, q_empty, o_full, o_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty = barriers
     own_full, other_full, own_free, other_free = exchange
     ALL: gl.constexpr = 2 * PARTS
     PLACES: gl.constexpr = k_tiles.shape[0]
@@ -192,8 +184,8 @@ def _consume(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _N, 16])
     G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    ROWS_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    if PARTS == 2 and D == 128:
+    SHARE: gl.constexpr = PARTS == 2 and D == 128  # shared memory is short
+    if SHARE:
         # dX leaves through the group's own parts of what only this group's last product reads.
         staged = ds_tiles.index(GROUP) if GROUP else p_tiles.index(GROUP)
     else:
@@ -218,19 +210,19 @@ def _consume(
             keys, values = k_tiles.index(at + zero), v_tiles.index(at + zero)
             if is_new:
                 first = b.to(gl.int64) * num_shared
-                o_base = out + first * stride_gt + h * stride_gh
-                d = gl.arange(0, D, gl.SliceLayout(0, ROWS_LAYOUT))
-                m, real_M = _seeds_of_part(GROUP * PARTS, num_shared, gl.SliceLayout(1, ROWS_LAYOUT))
-                o_0 = gl.load(o_base + (m[:, None] * stride_gt + d[None, :]), mask=real_M[:, None], other=0.0)
-                mbarrier.wait(do_full.index(do_at * ALL + GROUP * PARTS), do_phase)
-                do_MD = do_tiles.index(do_at * ALL + GROUP * PARTS).load(ROWS_LAYOUT)
-                _keep_statistics(stats, GROUP * PARTS, o_0, do_MD, lse, first, h, num_heads, num_shared, scale)
+                sums_0 = _log_sums(lse, GROUP * PARTS, first, h, num_heads, num_shared)
+                sums_1 = _log_sums(lse, GROUP * PARTS + PARTS - 1, first, h, num_heads, num_shared)
+                stats.index(2 * GROUP * PARTS).store(sums_0)
                 if PARTS == 2:
-                    m, real_M = _seeds_of_part(GROUP * PARTS + 1, num_shared, gl.SliceLayout(1, ROWS_LAYOUT))
-                    o_1 = gl.load(o_base + (m[:, None] * stride_gt + d[None, :]), mask=real_M[:, None], other=0.0)
-                    mbarrier.wait(do_full.index(do_at * ALL + GROUP * PARTS + 1), do_phase)
-                    do_MD = do_tiles.index(do_at * ALL + GROUP * PARTS + 1).load(ROWS_LAYOUT)
-                    _keep_statistics(stats, GROUP * PARTS + 1, o_1, do_MD, lse, first, h, num_heads, num_shared, scale)
+                    stats.index(2 * GROUP * PARTS + 2).store(sums_1)
+                mbarrier.wait(o_full, visit & 1)
+                for j in gl.static_range(PARTS):
+                    mbarrier.wait(do_full.index(do_at * ALL + GROUP * PARTS + j), do_phase)
+                    do_tile = do_tiles.index(do_at * ALL + GROUP * PARTS + j)
+                    sums_M = _row_sums(_o_tile(o_tiles, GROUP, j, PARTS), do_tile)
+                    stats.index(2 * (GROUP * PARTS + j) + 1).store(sums_M * scale)
+                if not SHARE:
+                    mbarrier.arrive(o_empty, count=1)
             # Through a wait: registers of a product must be written before the first one is in flight.
             s_MN = gl.full([_M, _N], 0.0, gl.float32, S_LAYOUT)
             dp_MN = gl.full([_M, _N], 0.0, gl.float32, S_LAYOUT)
@@ -304,6 +296,9 @@ def _consume(
                 store(dx, [row, h * stride_gh], staged)
             else:
                 store_rows(dx_pointer + row.to(gl.int64) * stride_gt + h * stride_gh, dx_ND, 0, left, stride_gt, G_LAYOUT)
+            if SHARE & ((left <= _N) | (ends > 0)):
+                tma.store_wait(0)
+                mbarrier.arrive(o_empty, count=1)
             if ends > 0:
                 share = shares + ((gl.program_id(0) + h) * ALL + GROUP * PARTS).to(gl.int64) * (_M * D)
                 store_rows(share, dq_0, 0, _M, D, G_LAYOUT)
@@ -322,10 +317,9 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_examples", "num_shared"])
 def _seeds_bwd_hopper_kernel(
-    q, k, v, do, dk, dv, k_pointer, v_pointer, do_pointer, dk_pointer, dv_pointer, out, lse, shares, before, offsets,
+    q, k, v, o, do, dk, dv, dk_pointer, dv_pointer, lse, shares, before, offsets,
     num_examples, num_heads, num_shared, scale, scale_log2,
-    stride_qh: gl.constexpr, stride_kt: gl.constexpr, stride_kh: gl.constexpr, stride_vt: gl.constexpr,
-    stride_vh: gl.constexpr, stride_dot: gl.constexpr, stride_doh: gl.constexpr,
+    stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr,
     D: gl.constexpr, PARTS: gl.constexpr, PLACES: gl.constexpr, DO_PLACES: gl.constexpr,
 ):  # fmt: skip
@@ -340,31 +334,33 @@ def _seeds_bwd_hopper_kernel(
     ds_tiles = gl.allocate_shared_memory(TYPE, [2, _M, PARTS * _N], P_LAYOUT)
     k_tiles = gl.allocate_shared_memory(TYPE, [PLACES, _N, D], k.layout)
     v_tiles = gl.allocate_shared_memory(TYPE, [PLACES, _N, D], v.layout)
+    SHARE: gl.constexpr = PARTS == 2 and D == 128
     staged = p_tiles
-    if not (PARTS == 2 and D == 128):
+    o_tiles = p_tiles
+    if not SHARE:
         staged = gl.allocate_shared_memory(TYPE, [2, _N, D], dv.layout)
+        o_tiles = gl.allocate_shared_memory(TYPE, [ALL, _M, D], o.layout)
     stats = gl.allocate_shared_memory(gl.float32, [2 * ALL, _M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     units = gl.allocate_shared_memory(gl.int32, [2 * _WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     units = (units, _barriers(2, 1), _barriers(2, 2))
-    q_full, q_empty = _barriers(1, ALL), _barriers(1, 2)
+    q_full, q_empty, o_full, o_empty = _barriers(1, ALL), _barriers(1, 2), _barriers(1, ALL), _barriers(1, 2)
     do_full, do_empty = _barriers(DO_PLACES * ALL, 1), _barriers(DO_PLACES, 2)
     k_full, k_empty, v_full, v_empty = _barriers(PLACES, 1), _barriers(PLACES, 2), _barriers(PLACES, 1), _barriers(PLACES, 2)
     full, free = _barriers(2, 1), _barriers(2, 1)
     hopper.fence_async_shared()
-    tiles = (q_tiles, do_tiles, k_tiles, v_tiles)
+    tiles = (q_tiles, (o_tiles, ds_tiles), do_tiles, k_tiles, v_tiles)
     made = (p_tiles, ds_tiles, staged, stats)
-    barriers = (q_full.index(0), q_empty.index(0), do_full, do_empty, k_full, k_empty, v_full, v_empty)
+    barriers = (q_full.index(0), q_empty.index(0), o_full.index(0), o_empty.index(0), do_full, do_empty, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize(
         [
-            (_consume, (dv, dv_pointer, out, lse, shares, before, num_examples, num_heads, num_shared, scale, scale_log2,
+            (_consume, (dv, dv_pointer, lse, shares, before, num_examples, num_heads, num_shared, scale, scale_log2,
                         units, tiles, made, barriers, (full.index(0), full.index(1), free.index(0), free.index(1)),
                         stride_gt, stride_gh, 0, PARTS)),
-            (_consume, (dk, dk_pointer, out, lse, shares, before, num_examples, num_heads, num_shared, scale, scale_log2,
+            (_consume, (dk, dk_pointer, lse, shares, before, num_examples, num_heads, num_shared, scale, scale_log2,
                         units, tiles, made, barriers, (full.index(1), full.index(0), free.index(1), free.index(0)),
                         stride_gt, stride_gh, 1, PARTS)),
-            (_produce, (q, k, v, do, (k_pointer, v_pointer, do_pointer, out), before, offsets, num_examples, num_heads,
-                        num_shared, units, tiles, barriers, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-                        stride_dot, stride_doh, stride_gt, stride_gh)),
+            (_produce, (q, k, v, o, do, before, offsets, num_examples, num_heads, num_shared, units, tiles, barriers,
+                        stride_qh, stride_kh, stride_vh, stride_doh, stride_gh)),
         ],
         [4, 1],
         [240, 24],
