@@ -69,7 +69,7 @@ def _produce(
     ALL: gl.constexpr = q_tiles.shape[0]
     PARTS: gl.constexpr = ALL // 2
     PLACES: gl.constexpr = k_tiles.shape[0]
-    DO_PLACES: gl.constexpr = do_empty.shape[0]
+    DO_PLACES: gl.constexpr = do_tiles.shape[0] // ALL
     first_tile, end, each = _share(before, num_examples, num_heads)
     h = first_tile // each
     b = _find(before, num_examples, first_tile - h * each)
@@ -111,15 +111,15 @@ def _produce(
                 copy_in(q, part * _M, h * stride_qh, q_full, q_tiles.index(part), True)
             heads += 1
         if fresh > 0:
+            place = visit % DO_PLACES
+            for part in gl.static_range(ALL):
+                mbarrier.wait(do_empty.index(place * ALL + part), (visit // DO_PLACES & 1) ^ 1)
+                full, tile = do_full.index(place * ALL + part), do_tiles.index(place * ALL + part)
+                copy_in(do, b * num_shared + part * _M, h * stride_doh, full, tile, True)
             mbarrier.wait(o_empty, (visit & 1) ^ 1)
             for part in gl.static_range(ALL):
                 tile = _o_tile(o_tiles, part // PARTS, part % PARTS, PARTS)
                 copy_in(o, b * num_shared + part * _M, h * stride_gh, o_full, tile, True)
-            place = visit % DO_PLACES
-            mbarrier.wait(do_empty.index(place), (visit // DO_PLACES & 1) ^ 1)
-            for part in gl.static_range(ALL):
-                full, tile = do_full.index(place * ALL + part), do_tiles.index(place * ALL + part)
-                copy_in(do, b * num_shared + part * _M, h * stride_doh, full, tile, True)
             visit += 1
         fresh = 0
         n += _N
@@ -178,7 +178,7 @@ def _consume(
     own_full, other_full, own_free, other_free = exchange
     ALL: gl.constexpr = 2 * PARTS
     PLACES: gl.constexpr = k_tiles.shape[0]
-    DO_PLACES: gl.constexpr = do_empty.shape[0]
+    DO_PLACES: gl.constexpr = do_tiles.shape[0] // ALL
     D: gl.constexpr = q_tiles.shape[2]
     TYPE: gl.constexpr = q_tiles.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _N, 16])
@@ -262,14 +262,18 @@ def _consume(
                     s = hopper.warpgroup_mma(q_tiles.index(GROUP * PARTS + j + 1 + zero), keys.permute((1, 0)), s_MN, use_acc=False, is_async=True)
                 else:
                     mbarrier.arrive(own_full, count=1)
-                    dx_ND = gl.full([_N, D], 0.0, gl.float32, G_LAYOUT)
-                    dx_ND, dq_0 = hopper.warpgroup_mma_wait(0, deps=[dx_ND, dq_0])
                 if j == 0:
                     dq_0 = hopper.warpgroup_mma(own_ds, keys, dq_0, use_acc=adds, is_async=True)
                 else:
                     dq_1 = hopper.warpgroup_mma(own_ds, keys, dq_1, use_acc=adds, is_async=True)
                 if j < PARTS - 1:
                     dp = hopper.warpgroup_mma(do_tiles.index(zero + do_at * ALL + GROUP * PARTS + j + 1), values.permute((1, 0)), dp_MN, use_acc=False, is_async=True)
+            dx_ND = gl.full([_N, D], 0.0, gl.float32, G_LAYOUT)
+            if PARTS == 1:
+                dq_0, dx_ND = hopper.warpgroup_mma_wait(0, deps=[dq_0, dx_ND])
+            else:
+                dq_1, dx_ND = hopper.warpgroup_mma_wait(0, deps=[dq_1, dx_ND])
+            mbarrier.arrive(k_empty.index(at), count=1)
             dx_sum = hopper.warpgroup_mma_init(dx_ND)
             mbarrier.wait(other_full, i & 1)
             for part in gl.static_range(ALL):
@@ -281,22 +285,25 @@ def _consume(
                     x = ds_tiles.index(part // PARTS + zero).slice(part % PARTS * _N, _N, 1)
                     y = q_tiles.index(part + zero)
                 dx_sum = hopper.warpgroup_mma(x.permute((1, 0)), y, dx_sum, use_acc=part > 0, is_async=True)
-            if PARTS == 1:
-                dq_0 = hopper.warpgroup_mma_wait(ALL, deps=[dq_0])
+            is_last = (left <= _N) | (ends > 0)
+            if GROUP == 0:
+                # The other group is done with dO already: it has left its dS.
+                for part in gl.static_range(ALL):
+                    dx_ND = hopper.warpgroup_mma_wait(ALL - 1 - part, deps=[dx_sum])
+                    dx_sum = hopper.warpgroup_mma_init(dx_ND)
+                    mbarrier.arrive(do_empty.index(do_at * ALL + part), count=1, pred=is_last)
             else:
-                dq_1 = hopper.warpgroup_mma_wait(ALL, deps=[dq_1])
-            mbarrier.arrive(k_empty.index(at), count=1)
-            dx_ND = hopper.warpgroup_mma_wait(0, deps=[dx_sum])
+                dx_ND = hopper.warpgroup_mma_wait(0, deps=[dx_sum])
             mbarrier.arrive(own_free, count=1)
-            mbarrier.arrive(do_empty.index(do_at), count=1, pred=(left <= _N) | (ends > 0))
-            mbarrier.arrive(q_empty, count=1, pred=ends > 0)
+            if ends > 0:
+                mbarrier.arrive(q_empty, count=1)
             if left >= _N:
                 staged.store(dx_ND.to(TYPE))
                 hopper.fence_async_shared()
                 store(dx, [row, h * stride_gh], staged)
             else:
                 store_rows(dx_pointer + row.to(gl.int64) * stride_gt + h * stride_gh, dx_ND, 0, left, stride_gt, G_LAYOUT)
-            if SHARE & ((left <= _N) | (ends > 0)):
+            if SHARE & is_last:
                 tma.store_wait(0)
                 mbarrier.arrive(o_empty, count=1)
             if ends > 0:
@@ -344,7 +351,7 @@ def _seeds_bwd_hopper_kernel(
     units = gl.allocate_shared_memory(gl.int32, [2 * _WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     units = (units, _barriers(2, 1), _barriers(2, 2))
     q_full, q_empty, o_full, o_empty = _barriers(1, ALL), _barriers(1, 2), _barriers(1, ALL), _barriers(1, 2)
-    do_full, do_empty = _barriers(DO_PLACES * ALL, 1), _barriers(DO_PLACES, 2)
+    do_full, do_empty = _barriers(DO_PLACES * ALL, 1), _barriers(DO_PLACES * ALL, 1)
     k_full, k_empty, v_full, v_empty = _barriers(PLACES, 1), _barriers(PLACES, 2), _barriers(PLACES, 1), _barriers(PLACES, 2)
     full, free = _barriers(2, 1), _barriers(2, 1)
     hopper.fence_async_shared()
