@@ -12,8 +12,8 @@ from kernels.hopper import ROWS, described, multiprocessors
 from kernels.jagged import ENOUGH_PROGRAMS
 
 _KEYS = 64  # of a tile
-_EXAMPLES = 1024
-_BLOCK, _SHARES = 256, 16
+_EXAMPLES = 1024  # whose tiles are counted at once
+_BLOCK, _SHARES = 256, 16  # of a tile of shares that are added at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class SeedsRings:
 
 
 @functools.lru_cache(1024)
-def seeds_rings(dtype: torch.dtype, width: int, seeds: int, programs: int) -> SeedsRings | None:
+def seeds_rings(dtype: torch.dtype, width: int, programs: int, seeds: int) -> SeedsRings | None:
     """None: other kernels are faster, or this one cannot take the problem."""
     if dtype not in (torch.bfloat16, torch.float16) or programs < ENOUGH_PROGRAMS:
         return None
@@ -36,7 +36,9 @@ def seeds_rings(dtype: torch.dtype, width: int, seeds: int, programs: int) -> Se
     return SeedsRings(parts, 1 if width * parts == 256 else 2, 2 if width * parts == 64 else 1)
 
 
-def seeds_backward_on_hopper(tensors: tuple[Tensor, ...], scales: tuple[float, float], rings: SeedsRings) -> Tensor | None:
+def seeds_backward_on_hopper(
+    tensors: tuple[Tensor, ...], scales: tuple[float, float], rings: SeedsRings
+) -> Tensor | None:
     """Fill dK and dV, return dQ; None, with nothing done, where a tensor's layout forbids it."""
     q, k, v, out, grad, lse, dk, dv, offsets = tensors
     (num_shared, num_heads, width), num_examples = q.shape, offsets.shape[0] - 1

@@ -21,7 +21,7 @@ from kernels.launcher import Bound, needs_gradient
 _REMEMBERED = 1024  # classes of shapes
 _LONG = 4096  # mean rows of an example above which one program alone takes too long
 _FEW_NUMBERS = 2**14
-_COLUMNS, _ROWS_AT_ONCE = 32, 128  # of a tile of partial sums
+_COLUMNS, _EXAMPLES_AT_ONCE = 32, 128  # of a tile of partial sums
 _LOG2_E = math.log2(math.e)
 _BACKWARD = ("q", "k", "v", "do", "g")  # tensors whose strides the backward kernels take
 
@@ -90,28 +90,28 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ, dK, dV. `plan` overrides the rule: for measurements."""
     q, k, v, grad = _plain(q), _plain(k), _plain(v), _plain(grad)
-    dq, dk, dv = like(out), like(k), like(v)
+    dk, dv = like(k), like(v)
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
     if num_examples == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
-    on_hopper, plan_given = None, plan
+    scales = (scale, scale * _LOG2_E)
+    on_hopper = None
     if plan is None and is_hopper(q.device):
         short, seeds = k.shape[0] <= SHORT * num_examples, q.shape[0] if shared else None
         on_hopper = backward_tiles(q.dtype, q.shape[2], num_examples * num_heads, short, seeds, window)
+        rings = seeds_rings(q.dtype, q.shape[2], num_examples * num_heads, seeds) if seeds else None
+        if rings:
+            dq_of_seeds = seeds_backward_on_hopper((q, k, v, out, grad, lse, dk, dv, offsets), scales, rings)
+            if dq_of_seeds is not None:
+                return dq_of_seeds, dk, dv
+    dq = like(out)
     plan = plan or _plan(q, k, num_examples, window)
-    scales = (scale, scale * _LOG2_E)
     tiles = plan.backward_seeds
     if shared and q.shape[0] <= tiles.block_m and k.shape[0] <= _LONG * num_examples:
         run = _bound("_softmax_bwd_seeds_kernel", q.dtype, q.shape[2], tiles, (), _BACKWARD,
                      q.stride(), k.stride(), v.stride(), grad.stride(), out.stride())  # fmt: skip
         run((num_examples * num_heads,), q, k, v, out, grad, lse, dq, dk, dv, offsets, num_heads, q.shape[0], *scales)
     else:
-        rings = None
-        if shared and plan_given is None and is_hopper(q.device):
-            rings = seeds_rings(q.dtype, q.shape[2], q.shape[0], num_examples * num_heads)
-        seeds_dq = seeds_backward_on_hopper((q, k, v, out, grad, lse, dk, dv, offsets), scales, rings) if rings else None
-        if seeds_dq is not None:
-            return seeds_dq, dk, dv
         tensors = (q, k, v, out, grad, lse, dq, dk, dv, offsets)
         if not (on_hopper and backward_on_hopper(tensors, shared, window, scales, on_hopper)):
             _backward_in_passes(tensors, shared, window, scales, plan)
@@ -119,13 +119,12 @@ def backward(
 
 
 def _sum_examples(parts: Tensor, q: Tensor) -> Tensor:
-    """Of dQ (B N, H, D) the sum over B, in float32 at least. A few seeds' takes the host longer than the card."""
-    if q.numel() > _FEW_NUMBERS:
-        return parts.view(-1, *q.shape).sum(0)
+    """Of dQ (B N, H, D) the sum over B, in float32 at least. Torch's takes the host longer, where that counts."""
+    num_examples, columns = parts.shape[0] // q.shape[0], q.numel()
+    if columns > _FEW_NUMBERS:
+        return parts.view(num_examples, *q.shape).sum(0)
     total = like(q)
-    columns = q.numel()
-    run = _bound_sum(q.dtype)
-    run((-(-columns // _COLUMNS),), parts, total, parts.shape[0] // q.shape[0], columns)
+    _bound_sum(q.dtype)((-(-columns // _COLUMNS),), parts, total, num_examples, columns)
     return total
 
 
@@ -134,7 +133,9 @@ def _bound_sum(dtype: torch.dtype) -> Bound:
     import triton.language as tl
 
     acc = tl.float64 if dtype == torch.float64 else tl.float32
-    return Bound(triton_kernels._sum_examples_kernel, EXAMPLES=_ROWS_AT_ONCE, COLUMNS=_COLUMNS, ACC=acc, num_warps=4)
+    return Bound(
+        triton_kernels._sum_examples_kernel, EXAMPLES=_EXAMPLES_AT_ONCE, COLUMNS=_COLUMNS, ACC=acc, num_warps=4
+    )
 
 
 def _backward_in_passes(
