@@ -18,28 +18,27 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.attention.hopper_seeds_ring import WORDS, M, N, o_tile, produce, share, take
-from kernels.hopper_ring import store, store_rows
+from kernels.hopper_ring import add, store, store_rows
 
 
 @gluon.jit
-def _log_sums(lse, part: gl.constexpr, first, h, num_heads, num_shared):
+def _log_sums(lse, part: gl.constexpr, first, h, num_heads, num_seeds):
     """Of a part's seeds. Rows past the seeds have an infinite one: weights of 0."""
     m = part * M + gl.arange(0, M, gl.BlockedLayout([1], [32], [4], [0]))
-    return gl.load(lse + (first + m) * num_heads + h, mask=m < num_shared, other=float("inf"))
+    return gl.load(lse + (first + m) * num_heads + h, mask=m < num_seeds, other=float("inf"))
 
 
 @gluon.jit
 def _keep_statistics(
-    stats, lse, o_tiles, do_tiles, o_full, do_full, visit, b, h, num_heads, num_shared, scale,
+    stats, lse, o_tiles, do_tiles, o_full, do_full, visit, first, h, num_heads, num_seeds, scale,
     GROUP: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """Leave lse and scale * rowsum(dO * O) of a new example's seeds for the group's warps."""
     ALL: gl.constexpr = 2 * PARTS
     DO_PLACES: gl.constexpr = do_tiles.shape[0] // ALL
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    first = b.to(gl.int64) * num_shared
-    sums_0 = _log_sums(lse, GROUP * PARTS, first, h, num_heads, num_shared)
-    sums_1 = _log_sums(lse, GROUP * PARTS + PARTS - 1, first, h, num_heads, num_shared)
+    sums_0 = _log_sums(lse, GROUP * PARTS, first, h, num_heads, num_seeds)
+    sums_1 = _log_sums(lse, GROUP * PARTS + PARTS - 1, first, h, num_heads, num_seeds)
     stats.index(2 * GROUP * PARTS).store(sums_0)
     if PARTS == 2:
         stats.index(2 * GROUP * PARTS + 2).store(sums_1)
@@ -53,6 +52,27 @@ def _keep_statistics(
 
 
 @gluon.jit
+def _keep_gradient(dx, base, dx_ND, staged, row, column, left, stride: gl.constexpr, LAYOUT: gl.constexpr,
+                   ADDS: gl.constexpr):  # fmt: skip
+    """Of a key tile: a whole one through shared memory and the copy engine, an example's last rows from registers."""
+    if left >= N:
+        staged.store(dx_ND.to(staged.dtype))
+        hopper.fence_async_shared()
+        if ADDS:
+            add(dx, [row, column], staged)
+        else:
+            store(dx, [row, column], staged)
+    else:
+        base += row.to(gl.int64) * stride + column
+        if ADDS:
+            n = gl.arange(0, dx_ND.shape[0], gl.SliceLayout(1, LAYOUT))
+            d = gl.arange(0, dx_ND.shape[1], gl.SliceLayout(0, LAYOUT))
+            before_ND = gl.load(base + (n[:, None] * stride + d[None, :]), mask=(n < left)[:, None], other=0.0)
+            dx_ND = dx_ND.to(staged.dtype).to(gl.float32) + before_ND.to(gl.float32)
+        store_rows(base, dx_ND, 0, left, stride, LAYOUT)
+
+
+@gluon.jit
 def _start(a, b, registers):
     """Start a times b transposed; the result before this one lends its registers."""
     return hopper.warpgroup_mma(a, b.permute((1, 0)), registers, use_acc=False, is_async=True)
@@ -60,9 +80,10 @@ def _start(a, b, registers):
 
 @gluon.jit
 def _consume(
-    dx, dx_pointer, lse, shares, before, num_examples, num_heads, num_shared, scale, scale_log2,
-    units, tiles, made, barriers, exchange,
+    dx, dx_pointer, lse, shares, before, num_examples, num_heads, num_shared, num_seeds, scale,
+    scale_log2, units, tiles, made, barriers, exchange,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr, PARTS: gl.constexpr,
+    ADDS: gl.constexpr,
 ):  # fmt: skip
     """Four warps, with PARTS parts of the seeds. dX is dV in group 0 and dK in group 1."""
     units, unit_full, unit_empty = units
@@ -101,7 +122,8 @@ def _consume(
             do_at, do_phase = visit % DO_PLACES * ALL + zero, visit // DO_PLACES & 1
             keys, values = k_tiles.index(at + zero), v_tiles.index(at + zero)
             if is_new:
-                _keep_statistics(stats, lse, o_tiles, do_tiles, o_full, do_full, visit, b, h, num_heads, num_shared,
+                first = b.to(gl.int64) * num_shared
+                _keep_statistics(stats, lse, o_tiles, do_tiles, o_full, do_full, visit, first, h, num_heads, num_seeds,
                                  scale, GROUP, PARTS)  # fmt: skip
                 if not SHARE:
                     mbarrier.arrive(o_empty, count=1)
@@ -176,13 +198,7 @@ def _consume(
             mbarrier.arrive(own_free, count=1)
             if ends > 0:
                 mbarrier.arrive(q_empty, count=1)
-            if left >= N:
-                staged.store(dx_ND.to(TYPE))
-                hopper.fence_async_shared()
-                store(dx, [row, h * stride_gh], staged)
-            else:
-                base = dx_pointer + row.to(gl.int64) * stride_gt + h * stride_gh
-                store_rows(base, dx_ND, 0, left, stride_gt, G_LAYOUT)
+            _keep_gradient(dx, dx_pointer, dx_ND, staged, row, h * stride_gh, left, stride_gt, G_LAYOUT, ADDS)
             if SHARE & is_last:
                 tma.store_wait(0)
                 mbarrier.arrive(o_empty, count=1)
@@ -202,16 +218,17 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
     return barriers
 
 
-@gluon.jit(do_not_specialize=["num_examples", "num_shared"])
+@gluon.jit(do_not_specialize=["num_examples", "num_shared", "num_seeds"])
 def _seeds_bwd_hopper_kernel(
     q, k, v, o, do, dk, dv, dk_pointer, dv_pointer, lse, shares, before, offsets,
-    num_examples, num_heads, num_shared, scale, scale_log2,
+    num_examples, num_heads, num_shared, num_seeds, scale, scale_log2,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr,
-    D: gl.constexpr, PARTS: gl.constexpr, PLACES: gl.constexpr, DO_PLACES: gl.constexpr,
+    D: gl.constexpr, PARTS: gl.constexpr, PLACES: gl.constexpr, DO_PLACES: gl.constexpr, ADDS: gl.constexpr,
 ):  # fmt: skip
     """q to dv are the copy engine's descriptors, of 64 rows, `before` is what `_count_tiles_kernel` leaves. No program
-    is without a key tile. PLACES: of key tiles on chip; DO_PLACES: of examples' dO."""
+    is without a key tile. Of an example's `num_shared` seeds these are `num_seeds`, from where q, o, do and lse begin;
+    with ADDS, dK and dV have those of others already. PLACES: of key tiles on chip; DO_PLACES: of examples' dO."""
     TYPE: gl.constexpr = q.dtype
     ALL: gl.constexpr = 2 * PARTS
     P_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, PARTS * N], TYPE)
@@ -242,12 +259,14 @@ def _seeds_bwd_hopper_kernel(
     barriers = (q_full, q_empty, o_full, o_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize(
         [
-            (_consume, (dv, dv_pointer, lse, shares, before, num_examples, num_heads, num_shared, scale, scale_log2,
-                        units, tiles, made, barriers, (full.index(0), full.index(1), free.index(0), free.index(1)),
-                        stride_gt, stride_gh, 0, PARTS)),
-            (_consume, (dk, dk_pointer, lse, shares, before, num_examples, num_heads, num_shared, scale, scale_log2,
-                        units, tiles, made, barriers, (full.index(1), full.index(0), free.index(1), free.index(0)),
-                        stride_gt, stride_gh, 1, PARTS)),
+            (_consume, (dv, dv_pointer, lse, shares, before, num_examples, num_heads, num_shared, num_seeds, scale,
+                        scale_log2, units, tiles, made, barriers,
+                        (full.index(0), full.index(1), free.index(0), free.index(1)),
+                        stride_gt, stride_gh, 0, PARTS, ADDS)),
+            (_consume, (dk, dk_pointer, lse, shares, before, num_examples, num_heads, num_shared, num_seeds, scale,
+                        scale_log2, units, tiles, made, barriers,
+                        (full.index(1), full.index(0), free.index(1), free.index(0)),
+                        stride_gt, stride_gh, 1, PARTS, ADDS)),
             (produce, (q, k, v, o, do, before, offsets, num_examples, num_heads, num_shared, units, tiles, barriers,
                         stride_qh, stride_kh, stride_vh, stride_doh, stride_gh)),
         ],

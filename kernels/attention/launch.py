@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.attention import triton_kernels
 from kernels.attention.hopper import TINY, backward_on_hopper, backward_tiles, forward_on_hopper, forward_tiles
-from kernels.attention.hopper_seeds import seeds_backward_on_hopper, seeds_rings
+from kernels.attention.hopper_seeds import seeds_backward_on_hopper, takes_seeds
 from kernels.attention.tiles import SHORT, Plan, Tiles, plan_for
 from kernels.hopper import is_hopper
 from kernels.jagged import MAX_SPLITS, accumulator, like
@@ -99,9 +99,8 @@ def backward(
     if plan is None and is_hopper(q.device):
         short, seeds = k.shape[0] <= SHORT * num_examples, q.shape[0] if shared else None
         on_hopper = backward_tiles(q.dtype, q.shape[2], num_examples * num_heads, short, seeds, window)
-        rings = seeds_rings(q.dtype, q.shape[2], num_examples * num_heads, seeds) if seeds else None
-        if rings:
-            dq_of_seeds = seeds_backward_on_hopper((q, k, v, out, grad, lse, dk, dv, offsets), scales, rings)
+        if seeds and takes_seeds(q.dtype, q.shape[2], num_examples * num_heads, seeds):
+            dq_of_seeds = seeds_backward_on_hopper((q, k, v, out, grad, lse, dk, dv, offsets), scales)
             if dq_of_seeds is not None:
                 return dq_of_seeds, dk, dv
     dq = like(out)

@@ -50,7 +50,13 @@ SOFTMAX_CASES = [  # width, seeds, window
     (128, None, None),
     (128, 256, None),
 ]
-SEEDS_CASES = [(128, 256), (128, 100), (64, 256), (64, 100)]  # width, seeds
+SEEDS_CASES = [  # width, seeds, adds to what others left
+    (128, 256, False),
+    (128, 256, True),
+    (128, 100, False),
+    (64, 256, False),
+    (64, 100, True),
+]
 
 
 def descriptor(rows: int, width: int) -> str:
@@ -108,11 +114,10 @@ def compile_softmax(width: int, seeds: int | None, window: int | None) -> dict[s
     return ptx
 
 
-def compile_seeds(width: int, seeds: int) -> str:
+def compile_seeds(width: int, seeds: int, adds: bool) -> str:
     """PTX of the kernel as `kernels.attention.hopper_seeds` launches it."""
-    rings = seeds_rings(torch.bfloat16, width, 4096, seeds)
-    assert rings is not None
-    constants = {"D": width, "PARTS": rings.parts, "PLACES": rings.places, "DO_PLACES": rings.do_places}
+    rings = seeds_rings(width, seeds)
+    constants = {"D": width, "PARTS": rings.parts, "PLACES": rings.places, "DO_PLACES": rings.do_places, "ADDS": adds}
     described = dict.fromkeys(("q", "k", "v", "o", "do", "dk", "dv"), descriptor(ROWS, width))
     return build(_seeds_bwd_hopper_kernel, described, constants)
 
