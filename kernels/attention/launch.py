@@ -114,13 +114,13 @@ def backward(
         tensors = (q, k, v, out, grad, lse, dq, dk, dv, offsets)
         if not (on_hopper and backward_on_hopper(tensors, shared, window, scales, on_hopper)):
             _backward_in_passes(tensors, shared, window, scales, plan)
-    return _sum_examples(dq, q) if shared else dq, dk, dv
+    return _sum_examples(dq, q, num_examples) if shared else dq, dk, dv
 
 
-def _sum_examples(parts: Tensor, q: Tensor) -> Tensor:
+def _sum_examples(parts: Tensor, q: Tensor, num_examples: int) -> Tensor:
     """Of dQ (B N, H, D) the sum over B, in float32 at least. Torch's takes the host longer, where that counts."""
-    num_examples, columns = parts.shape[0] // q.shape[0], q.numel()
-    if columns > _FEW_NUMBERS:
+    columns = q.numel()
+    if not 0 < columns <= _FEW_NUMBERS:
         return parts.view(num_examples, *q.shape).sum(0)
     total = like(q)
     _bound_sum(q.dtype)((-(-columns // _COLUMNS),), parts, total, num_examples, columns)

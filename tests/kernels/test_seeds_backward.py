@@ -83,9 +83,9 @@ def test_without_any_key_the_seeds_gradient_is_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("examples", "seeds"), [(1, 3), (200, 1), (130, 11)])
+@pytest.mark.parametrize(("examples", "seeds"), [(1, 3), (200, 1), (130, 11), (5, 0)])
 def test_partial_gradients_of_seeds_are_summed(examples: int, seeds: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     parts = torch.randn(examples * seeds, 3, 8, dtype=dtype, device=DEVICE)
-    total = launch._sum_examples(parts, torch.empty(seeds, 3, 8, dtype=dtype, device=DEVICE))
+    total = launch._sum_examples(parts, torch.empty(seeds, 3, 8, dtype=dtype, device=DEVICE), examples)
     torch.testing.assert_close(total, parts.view(examples, seeds, 3, 8).sum(0))
