@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.attention import triton_kernels
 from kernels.attention.hopper import TINY, backward_on_hopper, backward_tiles, forward_on_hopper, forward_tiles
+from kernels.attention.hopper_seeds import seeds_backward_on_hopper, takes_seeds
 from kernels.attention.tiles import SHORT, Plan, Tiles, plan_for
 from kernels.hopper import is_hopper
 from kernels.jagged import MAX_SPLITS, accumulator, like
@@ -19,6 +20,8 @@ from kernels.launcher import Bound, needs_gradient
 
 _REMEMBERED = 1024  # classes of shapes
 _LONG = 4096  # mean rows of an example above which one program alone takes too long
+_FEW_NUMBERS = 2**14
+_COLUMNS, _EXAMPLES_AT_ONCE = 32, 128  # of a tile of partial sums
 _LOG2_E = math.log2(math.e)
 _BACKWARD = ("q", "k", "v", "do", "g")  # tensors whose strides the backward kernels take
 
@@ -32,24 +35,27 @@ def window_attention_triton(
 
 def seed_attention_triton(q_NHD: Tensor, k_THD: Tensor, v_THD: Tensor, offsets: Tensor, *, scale: float) -> Tensor:
     """See `kernels.seed_attention.seed_attention`."""
-    out = _call(q_NHD, k_THD, v_THD, offsets, True, None, scale)
-    return out.view(offsets.shape[0] - 1, *q_NHD.shape)
+    return _call(q_NHD, k_THD, v_THD, offsets, True, None, scale)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, shared: bool, window: int | None, scale: float) -> Tensor:
-    """Under autocast, computed in autocast's type."""
+    """Under autocast, computed in autocast's type. Out is (B, N, H, D) where queries are shared."""
     device_type = q.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if torch.compiler.is_compiling():
         out: Tensor = _softmax_attention(q, k, v, offsets, shared, window, scale)[0]
-        return out
+        return _by_example(out, q, offsets, shared)
     if not needs_gradient(q, k, v):
-        return forward(q, k, v, offsets, shared, window, scale)[0]
+        return _by_example(forward(q, k, v, offsets, shared, window, scale)[0], q, offsets, shared)
     # Eagerly past the dispatcher, whose way through a Python op costs more than a small shape's kernel.
     out = _Eager.apply(q, k, v, offsets, shared, window, scale)
     return out
+
+
+def _by_example(out: Tensor, q: Tensor, offsets: Tensor, shared: bool) -> Tensor:
+    return out.view(offsets.shape[0] - 1, *q.shape) if shared else out
 
 
 def forward(
@@ -84,16 +90,21 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ, dK, dV. `plan` overrides the rule: for measurements."""
     q, k, v, grad = _plain(q), _plain(k), _plain(v), _plain(grad)
-    dq, dk, dv = like(out), like(k), like(v)
+    dk, dv = like(k), like(v)
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
     if num_examples == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
+    scales = (scale, scale * _LOG2_E)
     on_hopper = None
     if plan is None and is_hopper(q.device):
         short, seeds = k.shape[0] <= SHORT * num_examples, q.shape[0] if shared else None
         on_hopper = backward_tiles(q.dtype, q.shape[2], num_examples * num_heads, short, seeds, window)
+        if seeds and takes_seeds(q.dtype, q.shape[2], num_examples * num_heads, seeds):
+            dq_of_seeds = seeds_backward_on_hopper((q, k, v, out, grad, lse, dk, dv, offsets), scales)
+            if dq_of_seeds is not None:
+                return dq_of_seeds, dk, dv
+    dq = like(out)
     plan = plan or _plan(q, k, num_examples, window)
-    scales = (scale, scale * _LOG2_E)
     tiles = plan.backward_seeds
     if shared and q.shape[0] <= tiles.block_m and k.shape[0] <= _LONG * num_examples:
         run = _bound("_softmax_bwd_seeds_kernel", q.dtype, q.shape[2], tiles, (), _BACKWARD,
@@ -103,9 +114,27 @@ def backward(
         tensors = (q, k, v, out, grad, lse, dq, dk, dv, offsets)
         if not (on_hopper and backward_on_hopper(tensors, shared, window, scales, on_hopper)):
             _backward_in_passes(tensors, shared, window, scales, plan)
-    if shared:
-        dq = dq.view(num_examples, *q.shape).sum(0)  # added in float32 at least
-    return dq, dk, dv
+    return _sum_examples(dq, q, num_examples) if shared else dq, dk, dv
+
+
+def _sum_examples(parts: Tensor, q: Tensor, num_examples: int) -> Tensor:
+    """Of dQ (B N, H, D) the sum over B, in float32 at least. Torch's takes the host longer, where that counts."""
+    columns = q.numel()
+    if not 0 < columns <= _FEW_NUMBERS:
+        return parts.view(num_examples, *q.shape).sum(0)
+    total = like(q)
+    _bound_sum(q.dtype)((-(-columns // _COLUMNS),), parts, total, num_examples, columns)
+    return total
+
+
+@functools.cache
+def _bound_sum(dtype: torch.dtype) -> Bound:
+    import triton.language as tl
+
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    return Bound(
+        triton_kernels._sum_examples_kernel, EXAMPLES=_EXAMPLES_AT_ONCE, COLUMNS=_COLUMNS, ACC=acc, num_warps=4
+    )
 
 
 def _backward_in_passes(
@@ -221,9 +250,11 @@ class _Eager(torch.autograd.Function):
         out, lse = forward(q, k, v, offsets, shared, window, scale)
         ctx.save_for_backward(q, k, v, offsets, out, lse)
         ctx.options = (shared, window, scale)
-        return out
+        return _by_example(out, q, offsets, shared)  # in here: a view that autograd sees costs it a node
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = backward(grad, *ctx.saved_tensors, *ctx.options)
+        saved, shared = ctx.saved_tensors, ctx.options[0]
+        rows = grad.flatten(0, 1) if shared else grad
+        dq, dk, dv = backward(rows, *saved, *ctx.options)
         return dq, dk, dv, None, None, None, None

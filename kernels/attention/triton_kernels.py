@@ -262,3 +262,17 @@ def _softmax_bwd_seeds_kernel(
         store_rows(dv + part, dv_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
         store_rows(dk + part, dk_ND, n, length, stride_gt, BLOCK_N, D, BLOCK_D)
     store_rows(dq + own * stride_gt + h * stride_gh, dq_MD, 0, num_shared, stride_gt, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit
+def _sum_examples_kernel(
+    parts, total, num_examples, num_columns, EXAMPLES: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """total (num_columns): the sum of `parts` (B, num_columns), EXAMPLES rows at a time, in a fixed order."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    sum_EC = tl.zeros((EXAMPLES, COLUMNS), ACC)
+    for first in range(0, num_examples, EXAMPLES):
+        b = first + tl.arange(0, EXAMPLES)
+        mask = (b < num_examples)[:, None] & (column < num_columns)[None, :]
+        sum_EC += tl.load(parts + (b.to(tl.int64)[:, None] * num_columns + column[None, :]), mask=mask, other=0.0)
+    tl.store(total + column, tl.sum(sum_EC, 0).to(total.dtype.element_ty), mask=column < num_columns)

@@ -19,6 +19,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from kernels.attention.hopper import backward_tiles, forward_tiles
 from kernels.attention.hopper_backward import _softmax_bwd_hopper_kernel
 from kernels.attention.hopper_forward import _softmax_fwd_hopper_kernel
+from kernels.attention.hopper_seeds import seeds_rings
+from kernels.attention.hopper_seeds_backward import _seeds_bwd_hopper_kernel
 from kernels.gdpa.hopper import hopper_rings, hopper_tiles
 from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
 from kernels.gdpa.hopper_forward import _gdpa_fwd_hopper_kernel
@@ -59,6 +61,13 @@ SOFTMAX_CASES = [  # width, seeds, window
     (128, None, 64),
     (128, None, None),
     (128, 256, None),
+]
+SEEDS_CASES = [  # width, seeds, adds to what others left
+    (128, 256, False),
+    (128, 256, True),
+    (128, 100, False),
+    (64, 256, False),
+    (64, 100, True),
 ]
 
 
@@ -132,6 +141,14 @@ def compile_softmax(width: int, seeds: int | None, window: int | None) -> dict[s
     return ptx
 
 
+def compile_seeds(width: int, seeds: int, adds: bool) -> str:
+    """PTX of the kernel as `kernels.attention.hopper_seeds` launches it."""
+    rings = seeds_rings(width, seeds)
+    constants = {"D": width, "PARTS": rings.parts, "PLACES": rings.places, "DO_PLACES": rings.do_places, "ADDS": adds}
+    described = dict.fromkeys(("q", "k", "v", "o", "do", "dk", "dv"), descriptor(ROWS, width))
+    return build(_seeds_bwd_hopper_kernel, described, constants)
+
+
 def build(kernel: Any, described: dict[str, str], constants: dict[str, Any]) -> str:
     """PTX; other arguments are what their names say, strides those of four heads."""
     names = kernel.arg_names
@@ -139,8 +156,8 @@ def build(kernel: Any, described: dict[str, str], constants: dict[str, Any]) -> 
     constants |= {n: 4 * width if n.endswith("t") else width for n in names if n.startswith("stride_")}
     types = dict.fromkeys(("out_pointer", "dq_pointer", "dk_pointer", "dv_pointer"), "*bf16")
     types |= dict.fromkeys(("inner", "outer", "scale", "scale_log2"), "fp32")
-    types |= dict.fromkeys(("q_offsets", "kv_offsets", "offsets", "counter", "tickets"), "*i32")
-    types |= dict.fromkeys(("lse", "delta", "rms"), "*fp32") | {"boxes": "*i64"}
+    types |= dict.fromkeys(("q_offsets", "kv_offsets", "offsets", "before", "counter", "tickets"), "*i32")
+    types |= dict.fromkeys(("lse", "delta", "rms", "shares"), "*fp32") | {"boxes": "*i64"}
     types |= described | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -175,3 +192,6 @@ if __name__ == "__main__":
         for name, ptx in compile_softmax(*softmax_case).items():
             print("case softmax", name, *softmax_case)
             print(assemble(ptx), flush=True)
+    for seeds_case in SEEDS_CASES:
+        print("case seeds backward", *seeds_case)
+        print(assemble(compile_seeds(*seeds_case)), flush=True)

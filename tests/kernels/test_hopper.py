@@ -37,12 +37,14 @@ def test_kernels_compile_without_spills_and_with_products_in_flight() -> None:
     )
     assert report.returncode == 0, report.stderr[-2000:]
     cases = report.stdout.split("case ")[1:]
-    assert len(cases) == 6 + 7 + 4 + 11
+    assert len(cases) == 6 + 7 + 4 + 11 + 5
     for case in cases:
         assert "serialized" not in case, case
         spilled = int(re.findall(r"(\d+) bytes spill stores", case)[0])
-        # Backward at D = 128 has all registers taken; it spills outside of its products' loop, or nearly so.
-        assert spilled <= (320 if "backward 128" in case.splitlines()[0] else 0), case
+        # Backward at D = 128 has all registers taken; it spills outside of its products' loop, or nearly so. The warp
+        # that has seeds' tiles copied has 24.
+        name = case.splitlines()[0]
+        assert spilled <= (320 if "backward 128" in name else 16 if "seeds" in name else 0), case
 
 
 @pytest.mark.parametrize("window", [None, 5])
