@@ -58,13 +58,13 @@ def _take(news, at):
 
 @gluon.jit
 def _produce(
-    q, k, v, do, lse, delta, offsets, counter, num_items, num_heads, tiles, sums, barriers, news,
+    q, k, v, do, out, lse, offsets, counter, num_items, num_heads, tiles, sums, barriers, news,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
-    SOFTMAX: gl.constexpr,
+    stride_gh: gl.constexpr, SOFTMAX: gl.constexpr,
 ):  # fmt: skip
     """One warp: takes items off the counter and has their tiles copied as far ahead as the rings have room."""
     q_tiles, do_tiles, k_tiles, v_tiles = tiles
-    lse_tiles, delta_tiles = sums
+    out_tile, lse_tiles, _, out_full, out_empty, _ = sums
     q_full, q_empty, k_full, k_empty = barriers
     SLOTS: gl.constexpr = q_tiles.shape[0]
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -84,7 +84,6 @@ def _produce(
                 row_R = row + gl.arange(0, _R, FLAT)
                 of_row_R = (first + row_R).to(gl.int64) * num_heads + h
                 lse_R = gl.load(lse + of_row_R, mask=row_R < length, other=float("inf"))  # a weight of 0
-                delta_R = gl.load(delta + of_row_R, mask=row_R < length, other=0.0)
             mbarrier.wait(k_empty.index(slot), phase)
             copy_in(k, first + row, h * stride_kh, k_full.index(slot), k_tiles.index(slot), True)
             copy_in(v, first + row, h * stride_vh, k_full.index(slot), v_tiles.index(slot), True)
@@ -93,8 +92,9 @@ def _produce(
             copy_in(do, first + row, h * stride_doh, q_full.index(slot), do_tiles.index(slot), True)
             if SOFTMAX:
                 lse_tiles.index(slot).store(lse_R)
-                delta_tiles.index(slot).store(delta_R)
                 mbarrier.arrive(q_full.index(slot), count=1)
+                mbarrier.wait(out_empty, (at & 1) ^ 1)
+                copy_in(out, first + row, h * stride_gh, out_full, out_tile, True)
             at += 1
         # Not before this item's last copies are on their way: a program that is busy must not hold a second one.
         item = gl.atomic_add(counter, 1) + gl.num_programs(0)
@@ -116,12 +116,28 @@ def _start(x_tiles, x_full, u_tiles, u_full, own, other, is_new, exists, before,
 
 
 @gluon.jit
-def _less_delta(dp_RC, delta_tiles, full, slot, KEYS: gl.constexpr, SOFTMAX: gl.constexpr, SUMS: gl.constexpr):
-    """What dP is added to: softmax's - delta of the queries, rows or columns."""
-    if SOFTMAX:
-        delta = delta_tiles.index(slot).load(SUMS)
-        dp_RC = gl.full([_R, _R], 0.0, gl.float32, dp_RC.type.layout) - (delta[None, :] if KEYS else delta[:, None])
-    return dp_RC
+def _less_delta(dp_RC, at, sums, exists):
+    """What dP of the keys is added to: - delta of the queries, which the other group makes."""
+    _, _, delta_tiles, _, _, delta_full = sums
+    SLOTS: gl.constexpr = delta_tiles.shape[0]
+    mbarrier.wait(delta_full.index(at % SLOTS), at // SLOTS & 1, pred=exists)
+    delta = delta_tiles.index(at % SLOTS).load(gl.SliceLayout(0, dp_RC.type.layout))
+    return gl.full([_R, _R], 0.0, gl.float32, dp_RC.type.layout) - delta[None, :]
+
+
+@gluon.jit
+def _delta(do_tile, at, sums, SUMS: gl.constexpr):
+    """rowsum(dO * O) of query tile number `at`, for both groups."""
+    out_tile, _, delta_tiles, out_full, out_empty, delta_full = sums
+    SLOTS: gl.constexpr = delta_tiles.shape[0]
+    ACROSS: gl.constexpr = do_tile.shape[1] // 8
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
+    mbarrier.wait(out_full, at & 1)
+    product_RD = out_tile.load(LAYOUT).to(gl.float32) * do_tile.load(LAYOUT).to(gl.float32)
+    delta_tiles.index(at % SLOTS).store(gl.sum(product_RD, 1))
+    mbarrier.arrive(out_empty, count=1)
+    mbarrier.arrive(delta_full.index(at % SLOTS), count=1)
+    return delta_tiles.index(at % SLOTS).load(SUMS)
 
 
 @gluon.jit
@@ -137,8 +153,8 @@ def _walk(
     """
     x_tiles, y_tiles = resident
     u_tiles, w_tiles = streamed
-    lse_tiles, delta_tiles = sums
-    x_full, x_empty, u_full, u_empty = barriers
+    lse_tiles = sums[1]
+    x_full, x_empty, u_full, u_empty, u_done = barriers
     SLOTS: gl.constexpr = x_tiles.shape[0]
     D: gl.constexpr = x_tiles.shape[2]
     TYPE: gl.constexpr = x_tiles.dtype
@@ -160,14 +176,16 @@ def _walk(
         dx_sum, dy_sum = hopper.warpgroup_mma_init(dx_RD), hopper.warpgroup_mma_init(dy_RD)
         s = _start(x_tiles, x_full, u_tiles, u_full, before, before, True, True, s_RC, False)
         s_RC = hopper.warpgroup_mma_wait(0, deps=[s])
-        dp_RC = _less_delta(dp_RC, delta_tiles, u_full, before % SLOTS, KEYS, SOFTMAX, SUMS)
-        dp = _start(y_tiles, x_full, w_tiles, u_full, before, before, False, False, dp_RC, SOFTMAX)
+        if SOFTMAX and KEYS:
+            dp_RC = _less_delta(dp_RC, before, sums, True)
+        dp = _start(y_tiles, x_full, w_tiles, u_full, before, before, False, False, dp_RC, SOFTMAX and KEYS)
         for i in range(num_tiles):
             lo, hi = _near(i, num_tiles, window)
-            kept, _ = _near(i + 1, num_tiles, window)  # the first tile that the next step needs
+            kept = _near(i + 1, num_tiles, window)[0]  # the first tile that the next step needs
             kept = gl.where(i + 1 < num_tiles, kept, num_tiles)
             if SOFTMAX and not KEYS:
                 lse = lse_tiles.index((before + i) % SLOTS).load(SUMS)
+                delta = _delta(y_tiles.index((before + i) % SLOTS), before + i, sums, SUMS)
             for j in range(lo, hi):
                 at = before + j
                 if SOFTMAX and KEYS:
@@ -180,7 +198,10 @@ def _walk(
                     if ACTIVATION == "identity":
                         slope_RC = s_RC * 0.0 + slope_RC
                 dp_RC, slope_RC = hopper.warpgroup_mma_wait(0, deps=[dp, slope_RC])
-                ds_RC = slope_RC * dp_RC
+                if SOFTMAX and not KEYS:
+                    ds_RC = slope_RC * (dp_RC - delta[:, None])
+                else:
+                    ds_RC = slope_RC * dp_RC
                 p_RC, ds_RC = p_RC.to(TYPE), ds_RC.to(TYPE)
                 if _is_cut(i * _R, j * _R, length, window, _R, _R, True):
                     row_R = i * _R + gl.arange(0, _R, gl.SliceLayout(1, S_LAYOUT))
@@ -191,38 +212,50 @@ def _walk(
                     ds_RC = gl.where(visible, ds_RC, 0.0)
                 if KEYS:
                     p_RC = gl.convert_layout(p_RC, A_LAYOUT)
-                    dy_sum = hopper.warpgroup_mma(p_RC, w_tiles.index(at % SLOTS), dy_sum, use_acc=j > lo, is_async=True)
+                    dy_sum = hopper.warpgroup_mma(
+                        p_RC, w_tiles.index(at % SLOTS), dy_sum, use_acc=j > lo, is_async=True
+                    )
                 ds_RC = gl.convert_layout(ds_RC, A_LAYOUT)
                 dx_sum = hopper.warpgroup_mma(ds_RC, u_tiles.index(at % SLOTS), dx_sum, use_acc=j > lo, is_async=True)
                 is_last = j + 1 == hi
                 own = before + i + is_last.to(gl.int32)
                 other = before + gl.where(is_last, kept, j + 1)
-                s = _start(x_tiles, x_full, u_tiles, u_full, own, other, is_last, own < before + num_tiles, s_RC,
-                           False)
+                s = _start(x_tiles, x_full, u_tiles, u_full, own, other, is_last, own < before + num_tiles, s_RC, False)
                 if KEYS:
                     s_RC, dx_RD, dy_RD = hopper.warpgroup_mma_wait(0, deps=[s, dx_sum, dy_sum])
                     dy_sum = hopper.warpgroup_mma_init(dy_RD)
                 else:
                     s_RC, dx_RD = hopper.warpgroup_mma_wait(0, deps=[s, dx_sum])
                 dx_sum = hopper.warpgroup_mma_init(dx_RD)
-                dp_RC = _less_delta(dp_RC, delta_tiles, u_full, (other if KEYS else own) % SLOTS, KEYS, SOFTMAX, SUMS)
-                dp = _start(y_tiles, x_full, w_tiles, u_full, own, other, False, False, dp_RC, SOFTMAX)
-                mbarrier.arrive(u_empty.index(at % SLOTS), count=1, pred=j < kept)
-            mbarrier.arrive(x_empty.index((before + i) % SLOTS), count=1)
+                if SOFTMAX and KEYS:
+                    dp_RC = _less_delta(dp_RC, other, sums, own < before + num_tiles)
+                dp = _start(y_tiles, x_full, w_tiles, u_full, own, other, False, False, dp_RC, SOFTMAX and KEYS)
+                if j < kept:
+                    mbarrier.arrive(u_empty.index(at % SLOTS), count=1)
+                if KEYS:
+                    if j == lo:
+                        # The gradients of the tile before this one have left its places.
+                        tma.store_wait(0)
+                        mbarrier.arrive(x_empty.index((before + i - 1) % SLOTS), count=1, pred=before + i > 0)
+            place = (before + i) % SLOTS
             if KEYS:
                 dx_RD, dy_RD = hopper.warpgroup_mma_wait(1, deps=[dx_sum, dy_sum])
+                mbarrier.wait(u_done.index(place), (before + i) // SLOTS & 1)  # the other group no longer needs them
+                store_tile(dy_RD, dy, dy_pointer + base, h * stride_gh, y_tiles.index(place), first, i * _R, length,
+                           stride_gt, G_LAYOUT)  # fmt: skip
+                dy_sum = hopper.warpgroup_mma_init(dy_RD)
+                if SOFTMAX:
+                    dx_RD = dx_RD * outer
+                store_tile(dx_RD, dx, dx_pointer + base, h * stride_gh, x_tiles.index(place), first, i * _R, length,
+                           stride_gt, G_LAYOUT)  # fmt: skip
             else:
                 dx_RD = hopper.warpgroup_mma_wait(1, deps=[dx_sum])
-            tma.store_wait(0)
-            if KEYS:
-                store_tile(dy_RD, dy, dy_pointer + base, h * stride_gh, staged, first, i * _R, length, stride_gt,
-                           G_LAYOUT)  # fmt: skip
-                dy_sum = hopper.warpgroup_mma_init(dy_RD)
+                mbarrier.arrive(x_empty.index(place), count=1)
                 tma.store_wait(0)
-            if SOFTMAX:
-                dx_RD = dx_RD * outer
-            store_tile(dx_RD, dx, dx_pointer + base, h * stride_gh, staged, first, i * _R, length, stride_gt,
-                       G_LAYOUT)  # fmt: skip
+                if SOFTMAX:
+                    dx_RD = dx_RD * outer
+                store_tile(dx_RD, dx, dx_pointer + base, h * stride_gh, staged, first, i * _R, length, stride_gt,
+                           G_LAYOUT)  # fmt: skip
             dx_sum = hopper.warpgroup_mma_init(dx_RD)
         hopper.warpgroup_mma_wait(0, deps=[dp])  # leftovers
         before += num_tiles
@@ -241,11 +274,11 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["window", "num_items"])
 def _window_bwd_hopper_kernel(
-    q, k, v, do, dq, dk, dv, dq_pointer, dk_pointer, dv_pointer, lse, delta, offsets, counter, num_items, num_heads,
+    q, k, v, do, out, dq, dk, dv, dq_pointer, dk_pointer, dv_pointer, lse, offsets, counter, num_items, num_heads,
     window, inner, outer,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr,
-    D: gl.constexpr, SLOTS: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr, REGS: gl.constexpr,
+    D: gl.constexpr, SLOTS: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """q to dv are the copy engine's descriptors, of 64 rows. An item is an example and a head; a program that is done
     with one takes another off `counter`, two int32 that are 0 before and after. SLOTS: at least the tiles that one tile
@@ -257,27 +290,30 @@ def _window_bwd_hopper_kernel(
     do_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, _R, D], do.layout)
     k_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, _R, D], k.layout)
     v_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, _R, D], v.layout)
-    staged = gl.allocate_shared_memory(TYPE, [2, _R, D], dq.layout)
+    dq_tile = gl.allocate_shared_memory(TYPE, [_R, D], dq.layout)
+    out_tile = dq_tile
+    if SOFTMAX:
+        out_tile = gl.allocate_shared_memory(TYPE, [_R, D], out.layout)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [SLOTS, _R], FLAT)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [SLOTS, _R], FLAT)
     items = gl.allocate_shared_memory(gl.int32, [8, 1], FLAT)
     news = (items, _barriers(2, 1), _barriers(2, 2))
     q_full, q_empty = _barriers(SLOTS, 3 if SOFTMAX else 2), _barriers(SLOTS, 2)
-    k_full, k_empty = _barriers(SLOTS, 2), _barriers(SLOTS, 2)
+    k_full, k_done, k_empty = _barriers(SLOTS, 2), _barriers(SLOTS, 1), _barriers(SLOTS, 1)
+    sums = (out_tile, lse_tiles, delta_tiles, _barriers(1, 1).index(0), _barriers(1, 1).index(0), _barriers(SLOTS, 1))
     hopper.fence_async_shared()
-    sums = (lse_tiles, delta_tiles)
     gl.warp_specialize(
         [
             (_walk, (dq, dq, dq_pointer, dq_pointer, num_items, window, inner, outer, (q_tiles, do_tiles),
-                     (k_tiles, v_tiles), sums, (q_full, q_empty, k_full, k_empty), staged.index(0), news,
+                     (k_tiles, v_tiles), sums, (q_full, q_empty, k_full, k_done, k_done), dq_tile, news,
                      stride_gt, stride_gh, False, ACTIVATION, APPROX)),
             (_walk, (dk, dv, dk_pointer, dv_pointer, num_items, window, inner, outer, (k_tiles, v_tiles),
-                     (q_tiles, do_tiles), sums, (k_full, k_empty, q_full, q_empty), staged.index(1), news,
+                     (q_tiles, do_tiles), sums, (k_full, k_empty, q_full, q_empty, k_done), dq_tile, news,
                      stride_gt, stride_gh, True, ACTIVATION, APPROX)),
-            (_produce, (q, k, v, do, lse, delta, offsets, counter, num_items, num_heads,
+            (_produce, (q, k, v, do, out, lse, offsets, counter, num_items, num_heads,
                         (q_tiles, do_tiles, k_tiles, v_tiles), sums, (q_full, q_empty, k_full, k_empty), news,
-                        stride_qh, stride_kh, stride_vh, stride_doh, SOFTMAX)),
+                        stride_qh, stride_kh, stride_vh, stride_doh, stride_gh, SOFTMAX)),
         ],
         [4, 1],
-        [REGS, 24],
+        [REGISTERS, 24],
     )  # fmt: skip

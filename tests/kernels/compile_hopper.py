@@ -24,6 +24,8 @@ from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
 from kernels.gdpa.hopper_forward import _gdpa_fwd_hopper_kernel
 from kernels.gdpa.tiles import Problem
 from kernels.hopper import ROWS, HopperTiles
+from kernels.window.hopper import REGISTERS, window_slots
+from kernels.window.hopper_backward import _window_bwd_hopper_kernel
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ASSEMBLERS = ("ptxas", "ptxas-blackwell")  # the second is newer; which one a Hopper gets depends on Triton's version
@@ -47,6 +49,14 @@ SOFTMAX_CASES = [  # width, seeds, window
     (128, None, 64),
     (128, None, None),
     (128, 256, None),
+]
+
+WINDOW_CASES = [  # width, window, activation
+    (64, 128, "softmax"),
+    (64, 128, "gelu_tanh"),
+    (128, 64, "softmax"),
+    (128, 64, "gelu"),
+    (128, 64, "identity"),
 ]
 
 
@@ -105,6 +115,17 @@ def compile_softmax(width: int, seeds: int | None, window: int | None) -> dict[s
     return ptx
 
 
+def compile_window_backward(width: int, window: int, activation: str) -> str:
+    """PTX of the kernel as `kernels.window.hopper` launches it for such a problem."""
+    slots = window_slots(torch.bfloat16, width, 4096, window)
+    assert slots is not None
+    constants = {
+        "D": width, "SLOTS": slots, "ACTIVATION": activation, "APPROX": True, "REGISTERS": REGISTERS,
+    }  # fmt: skip
+    described = dict.fromkeys(("q", "k", "v", "do", "out", "dq", "dk", "dv"), descriptor(ROWS, width))
+    return build(_window_bwd_hopper_kernel, described, constants)
+
+
 def build(kernel: Any, described: dict[str, str], constants: dict[str, Any]) -> str:
     """PTX; other arguments are what their names say, strides those of four heads."""
     names = kernel.arg_names
@@ -146,3 +167,6 @@ if __name__ == "__main__":
         for name, ptx in compile_softmax(*softmax_case).items():
             print("case softmax", name, *softmax_case)
             print(assemble(ptx), flush=True)
+    for window_case in WINDOW_CASES:
+        print("case window backward", *window_case)
+        print(assemble(compile_window_backward(*window_case)), flush=True)
