@@ -1,9 +1,10 @@
 """Backward of windowed self-attention on Hopper, softmax's and GDPA's, in Gluon: each row comes on chip once.
 
 Shape letters: D head width, H heads, R rows of a tile, C columns of its scores, both 64. One warp has tiles of K, V, Q
-and dO copied into rings of SLOTS tiles each, in order. Two groups of four warps walk along the example: one by query
-tile, for dQ, and one by key tile, for dK and dV. A tile stays until neither group's window needs it any more. The groups
-exchange nothing: each computes its own scores, 7 products in all, and one's weights overlap with the other's products.
+and dO copied into rings of SLOTS tiles each, in order. Groups of four warps walk along the example: one by query tile,
+for dQ, and one or two by key tile, for dK and dV. A tile stays until no group's window needs it any more. Each group
+computes its own scores, 7 products in all, and one's weights overlap with another's products. All they exchange is
+softmax's delta = rowsum(dO * O), which the queries' group makes.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -142,19 +143,19 @@ def _delta(do_tile, at, sums, SUMS: gl.constexpr):
 
 @gluon.jit
 def _walk(
-    dx, dy, dx_pointer, dy_pointer, num_items, window, inner, outer, resident, streamed, sums, barriers, staged, news,
-    stride_gt: gl.constexpr, stride_gh: gl.constexpr, KEYS: gl.constexpr, ACTIVATION: gl.constexpr,
-    APPROX: gl.constexpr,
+    grads, pointers, num_items, window, inner, outer, resident, streamed, sums, barriers, turns, staged, news,
+    stride_gt: gl.constexpr, stride_gh: gl.constexpr, KEYS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
+    IN_PLACE: gl.constexpr, TURNS: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: dX = dS U by tile, and with KEYS dY = P^T dO too.
+    """Four warps: dX = dS U by tile, and with KEYS dY = P^T dO too, of every GROUPS-th tile.
 
     The resident pair (X, Y) is (Q, dO), and tiles of the streamed pair (U, W), (K, V), pass by; with KEYS the other way
-    around, scores transposed. `inner`, `outer`: GDPA's scales, or the softmax's in base 2 and in dX.
+    around, scores transposed. `inner`, `outer`: GDPA's scales, or the softmax's in base 2 and in dX. IN_PLACE: dK and
+    dV leave through the places of their K and V. TURNS: this group and the other one start their products in turn.
     """
     x_tiles, y_tiles = resident
     u_tiles, w_tiles = streamed
-    lse_tiles = sums[1]
-    x_full, x_empty, u_full, u_empty, u_done = barriers
+    x_full, x_empty, u_full, u_empty, x_done = barriers
     SLOTS: gl.constexpr = x_tiles.shape[0]
     D: gl.constexpr = x_tiles.shape[2]
     TYPE: gl.constexpr = x_tiles.dtype
@@ -163,29 +164,38 @@ def _walk(
     G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, G_LAYOUT, 2)
     SUMS: gl.constexpr = gl.SliceLayout(0 if KEYS else 1, S_LAYOUT)
+    lse_tiles = sums[1]
     before = 0  # tiles of the items before
     count = 0
+    pair = 0
+    held = gl.program_id(0) * 0 - 1  # the tile whose gradients may still be in its place
     item, h, first, length = _take(news, count)
     while item < num_items:
         num_tiles = gl.cdiv(length, _R)
         base = first.to(gl.int64) * stride_gt + h * stride_gh
+        # Slots of a ring of even size are one group's for good: it sees every time that they fill.
+        i_first = (before + GROUP) % GROUPS
+        released = 0
+        some = i_first < num_tiles
         # Through a wait: registers of a product must be written before the first one is in flight.
         zero_RD = gl.full([_R, D], 0.0, gl.float32, G_LAYOUT)
         zero_RC = gl.full([_R, _R], 0.0, gl.float32, S_LAYOUT)
         dx_RD, dy_RD, s_RC, dp_RC = hopper.warpgroup_mma_wait(0, deps=[zero_RD, zero_RD, zero_RC, zero_RC])
         dx_sum, dy_sum = hopper.warpgroup_mma_init(dx_RD), hopper.warpgroup_mma_init(dy_RD)
-        s = _start(x_tiles, x_full, u_tiles, u_full, before, before, True, True, s_RC, False)
+        own, other = before + i_first, before + _near(i_first, num_tiles, window)[0]
+        s = _start(x_tiles, x_full, u_tiles, u_full, own, other, True, some, s_RC, False)
         s_RC = hopper.warpgroup_mma_wait(0, deps=[s])
         if SOFTMAX and KEYS:
-            dp_RC = _less_delta(dp_RC, before, sums, True)
-        dp = _start(y_tiles, x_full, w_tiles, u_full, before, before, False, False, dp_RC, SOFTMAX and KEYS)
-        for i in range(num_tiles):
+            dp_RC = _less_delta(dp_RC, other, sums, some)
+        dp = _start(y_tiles, x_full, w_tiles, u_full, own, other, False, False, dp_RC, SOFTMAX and KEYS)
+        for i in range(i_first, num_tiles, GROUPS):
             lo, hi = _near(i, num_tiles, window)
-            kept = _near(i + 1, num_tiles, window)[0]  # the first tile that the next step needs
-            kept = gl.where(i + 1 < num_tiles, kept, num_tiles)
+            kept = _near(i + GROUPS, num_tiles, window)[0]  # the first tile that the next step needs
+            kept = gl.where(i + GROUPS < num_tiles, kept, num_tiles)
+            place = (before + i) % SLOTS
             if SOFTMAX and not KEYS:
-                lse = lse_tiles.index((before + i) % SLOTS).load(SUMS)
-                delta = _delta(y_tiles.index((before + i) % SLOTS), before + i, sums, SUMS)
+                lse = lse_tiles.index(place).load(SUMS)
+                delta = _delta(y_tiles.index(place), before + i, sums, SUMS)
             for j in range(lo, hi):
                 at = before + j
                 if SOFTMAX and KEYS:
@@ -198,10 +208,7 @@ def _walk(
                     if ACTIVATION == "identity":
                         slope_RC = s_RC * 0.0 + slope_RC
                 dp_RC, slope_RC = hopper.warpgroup_mma_wait(0, deps=[dp, slope_RC])
-                if SOFTMAX and not KEYS:
-                    ds_RC = slope_RC * (dp_RC - delta[:, None])
-                else:
-                    ds_RC = slope_RC * dp_RC
+                ds_RC = slope_RC * (dp_RC - delta[:, None]) if SOFTMAX and not KEYS else slope_RC * dp_RC
                 p_RC, ds_RC = p_RC.to(TYPE), ds_RC.to(TYPE)
                 if _is_cut(i * _R, j * _R, length, window, _R, _R, True):
                     row_R = i * _R + gl.arange(0, _R, gl.SliceLayout(1, S_LAYOUT))
@@ -210,6 +217,8 @@ def _walk(
                     if KEYS:
                         p_RC = gl.where(visible, p_RC, 0.0)
                     ds_RC = gl.where(visible, ds_RC, 0.0)
+                if TURNS:
+                    mbarrier.wait(turns[0], (pair + (0 if KEYS else 1)) & 1)
                 if KEYS:
                     p_RC = gl.convert_layout(p_RC, A_LAYOUT)
                     dy_sum = hopper.warpgroup_mma(
@@ -218,9 +227,10 @@ def _walk(
                 ds_RC = gl.convert_layout(ds_RC, A_LAYOUT)
                 dx_sum = hopper.warpgroup_mma(ds_RC, u_tiles.index(at % SLOTS), dx_sum, use_acc=j > lo, is_async=True)
                 is_last = j + 1 == hi
-                own = before + i + is_last.to(gl.int32)
+                own = before + gl.where(is_last, i + GROUPS, i)
                 other = before + gl.where(is_last, kept, j + 1)
-                s = _start(x_tiles, x_full, u_tiles, u_full, own, other, is_last, own < before + num_tiles, s_RC, False)
+                exists = own < before + num_tiles
+                s = _start(x_tiles, x_full, u_tiles, u_full, own, other, is_last, exists, s_RC, False)
                 if KEYS:
                     s_RC, dx_RD, dy_RD = hopper.warpgroup_mma_wait(0, deps=[s, dx_sum, dy_sum])
                     dy_sum = hopper.warpgroup_mma_init(dy_RD)
@@ -228,40 +238,62 @@ def _walk(
                     s_RC, dx_RD = hopper.warpgroup_mma_wait(0, deps=[s, dx_sum])
                 dx_sum = hopper.warpgroup_mma_init(dx_RD)
                 if SOFTMAX and KEYS:
-                    dp_RC = _less_delta(dp_RC, other, sums, own < before + num_tiles)
+                    dp_RC = _less_delta(dp_RC, other, sums, exists)
                 dp = _start(y_tiles, x_full, w_tiles, u_full, own, other, False, False, dp_RC, SOFTMAX and KEYS)
-                if j < kept:
-                    mbarrier.arrive(u_empty.index(at % SLOTS), count=1)
-                if KEYS:
+                if TURNS:
+                    mbarrier.arrive(turns[1], count=1)
+                    pair += 1
+                if GROUPS == 1:  # noqa: SIM102
+                    if j < kept:
+                        mbarrier.arrive(u_empty.index(at % SLOTS), count=1)
+                if KEYS and IN_PLACE:  # noqa: SIM102
                     if j == lo:
-                        # The gradients of the tile before this one have left its places.
                         tma.store_wait(0)
-                        mbarrier.arrive(x_empty.index((before + i - 1) % SLOTS), count=1, pred=before + i > 0)
-            place = (before + i) % SLOTS
+                        mbarrier.arrive(x_empty.index(gl.maximum(held, 0) % SLOTS), count=1, pred=held >= 0)
             if KEYS:
                 dx_RD, dy_RD = hopper.warpgroup_mma_wait(1, deps=[dx_sum, dy_sum])
-                mbarrier.wait(u_done.index(place), (before + i) // SLOTS & 1)  # the other group no longer needs them
-                store_tile(dy_RD, dy, dy_pointer + base, h * stride_gh, y_tiles.index(place), first, i * _R, length,
+                if IN_PLACE:
+                    mbarrier.wait(x_done.index(place), (before + i) // SLOTS & 1)  # nobody else needs K and V
+                    held = before + i
+                    dx_staged, dy_staged = x_tiles.index(place), y_tiles.index(place)
+                else:
+                    mbarrier.arrive(x_empty.index(place), count=1)
+                    tma.store_wait(0)
+                    dx_staged, dy_staged = staged, staged
+                store_tile(dy_RD, grads[1], pointers[1] + base, h * stride_gh, dy_staged, first, i * _R, length,
                            stride_gt, G_LAYOUT)  # fmt: skip
                 dy_sum = hopper.warpgroup_mma_init(dy_RD)
-                if SOFTMAX:
-                    dx_RD = dx_RD * outer
-                store_tile(dx_RD, dx, dx_pointer + base, h * stride_gh, x_tiles.index(place), first, i * _R, length,
-                           stride_gt, G_LAYOUT)  # fmt: skip
+                if not IN_PLACE:
+                    tma.store_wait(0)
             else:
                 dx_RD = hopper.warpgroup_mma_wait(1, deps=[dx_sum])
                 mbarrier.arrive(x_empty.index(place), count=1)
                 tma.store_wait(0)
-                if SOFTMAX:
-                    dx_RD = dx_RD * outer
-                store_tile(dx_RD, dx, dx_pointer + base, h * stride_gh, staged, first, i * _R, length, stride_gt,
-                           G_LAYOUT)  # fmt: skip
+                dx_staged = staged
+            if SOFTMAX:
+                dx_RD = dx_RD * outer
+            store_tile(dx_RD, grads[0], pointers[0] + base, h * stride_gh, dx_staged, first, i * _R, length, stride_gt,
+                       G_LAYOUT)  # fmt: skip
             dx_sum = hopper.warpgroup_mma_init(dx_RD)
+            if GROUPS > 1:
+                _release(before + released, before + kept, u_full, u_empty)
+                released = kept
         hopper.warpgroup_mma_wait(0, deps=[dp])  # leftovers
+        if GROUPS > 1:
+            _release(before + released, before + num_tiles, u_full, u_empty)
         before += num_tiles
         count += 1
         item, h, first, length = _take(news, count)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _release(t, end, full, empty):
+    """Tiles that this group no longer needs, or never did: only once they are there, so that no time is missed."""
+    SLOTS: gl.constexpr = full.shape[0]
+    for tile in range(t, end):
+        mbarrier.wait(full.index(tile % SLOTS), tile // SLOTS & 1)
+        mbarrier.arrive(empty.index(tile % SLOTS), count=1)
 
 
 @gluon.jit
@@ -278,11 +310,13 @@ def _window_bwd_hopper_kernel(
     window, inner, outer,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr,
-    D: gl.constexpr, SLOTS: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr, REGISTERS: gl.constexpr,
+    D: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr, IN_PLACE: gl.constexpr, TURNS: gl.constexpr,
+    REGISTERS: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     """q to dv are the copy engine's descriptors, of 64 rows. An item is an example and a head; a program that is done
     with one takes another off `counter`, two int32 that are 0 before and after. SLOTS: at least the tiles that one tile
-    meets. ACTIVATION "softmax" has base-2 log-sums `lse` and delta = rowsum(dO * O), which others do not read."""
+    meets, and with two GROUPS that make dK and dV, one more and even. ACTIVATION "softmax" has `out` and base-2
+    log-sums `lse`, which others do not read."""
     TYPE: gl.constexpr = q.dtype
     SOFTMAX: gl.constexpr = ACTIVATION == "softmax"
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -291,29 +325,54 @@ def _window_bwd_hopper_kernel(
     k_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, _R, D], k.layout)
     v_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, _R, D], v.layout)
     dq_tile = gl.allocate_shared_memory(TYPE, [_R, D], dq.layout)
-    out_tile = dq_tile
+    dk_tile, out_tile = dq_tile, dq_tile
+    if not IN_PLACE:
+        dk_tile = gl.allocate_shared_memory(TYPE, [_R, D], dk.layout)
     if SOFTMAX:
         out_tile = gl.allocate_shared_memory(TYPE, [_R, D], out.layout)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [SLOTS, _R], FLAT)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [SLOTS, _R], FLAT)
     items = gl.allocate_shared_memory(gl.int32, [8, 1], FLAT)
-    news = (items, _barriers(2, 1), _barriers(2, 2))
-    q_full, q_empty = _barriers(SLOTS, 3 if SOFTMAX else 2), _barriers(SLOTS, 2)
-    k_full, k_done, k_empty = _barriers(SLOTS, 2), _barriers(SLOTS, 1), _barriers(SLOTS, 1)
+    news = (items, _barriers(2, 1), _barriers(2, 1 + GROUPS))
+    q_full, q_empty = _barriers(SLOTS, 3 if SOFTMAX else 2), _barriers(SLOTS, 1 + GROUPS)
+    k_full, k_empty = _barriers(SLOTS, 2), _barriers(SLOTS, 1 if IN_PLACE else 2)
+    k_done = k_empty
+    if IN_PLACE:
+        k_done = _barriers(SLOTS, 1)
     sums = (out_tile, lse_tiles, delta_tiles, _barriers(1, 1).index(0), _barriers(1, 1).index(0), _barriers(SLOTS, 1))
+    q_turn, k_turn = _barriers(1, 1).index(0), _barriers(1, 1).index(0)
     hopper.fence_async_shared()
-    gl.warp_specialize(
-        [
-            (_walk, (dq, dq, dq_pointer, dq_pointer, num_items, window, inner, outer, (q_tiles, do_tiles),
-                     (k_tiles, v_tiles), sums, (q_full, q_empty, k_full, k_done, k_done), dq_tile, news,
-                     stride_gt, stride_gh, False, ACTIVATION, APPROX)),
-            (_walk, (dk, dv, dk_pointer, dv_pointer, num_items, window, inner, outer, (k_tiles, v_tiles),
-                     (q_tiles, do_tiles), sums, (k_full, k_empty, q_full, q_empty, k_done), dq_tile, news,
-                     stride_gt, stride_gh, True, ACTIVATION, APPROX)),
-            (_produce, (q, k, v, do, out, lse, offsets, counter, num_items, num_heads,
-                        (q_tiles, do_tiles, k_tiles, v_tiles), sums, (q_full, q_empty, k_full, k_empty), news,
-                        stride_qh, stride_kh, stride_vh, stride_doh, stride_gh, SOFTMAX)),
-        ],
-        [4, 1],
-        [REGISTERS, 24],
-    )  # fmt: skip
+    barriers = (q_full, q_empty, k_full, k_empty)
+    if GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_walk, ((dq, dq), (dq_pointer, dq_pointer), num_items, window, inner, outer, (q_tiles, do_tiles),
+                         (k_tiles, v_tiles), sums, (q_full, q_empty, k_full, k_done, q_empty), (q_turn, k_turn),
+                         dq_tile, news, stride_gt, stride_gh, False, 0, 1, IN_PLACE, TURNS, ACTIVATION, APPROX)),
+                (_walk, ((dk, dv), (dk_pointer, dv_pointer), num_items, window, inner, outer, (k_tiles, v_tiles),
+                         (q_tiles, do_tiles), sums, (k_full, k_empty, q_full, q_empty, k_done), (k_turn, q_turn),
+                         dk_tile, news, stride_gt, stride_gh, True, 0, 1, IN_PLACE, TURNS, ACTIVATION, APPROX)),
+                (_produce, (q, k, v, do, out, lse, offsets, counter, num_items, num_heads,
+                            (q_tiles, do_tiles, k_tiles, v_tiles), sums, barriers, news,
+                            stride_qh, stride_kh, stride_vh, stride_doh, stride_gh, SOFTMAX)),
+            ],
+            [4, 1], [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_walk, ((dq, dq), (dq_pointer, dq_pointer), num_items, window, inner, outer, (q_tiles, do_tiles),
+                         (k_tiles, v_tiles), sums, (q_full, q_empty, k_full, k_done, q_empty), (q_turn, k_turn),
+                         dq_tile, news, stride_gt, stride_gh, False, 0, 1, IN_PLACE, TURNS, ACTIVATION, APPROX)),
+                (_walk, ((dk, dv), (dk_pointer, dv_pointer), num_items, window, inner, outer, (k_tiles, v_tiles),
+                         (q_tiles, do_tiles), sums, (k_full, k_empty, q_full, q_empty, k_done), (k_turn, q_turn),
+                         dk_tile, news, stride_gt, stride_gh, True, 0, GROUPS, IN_PLACE, TURNS, ACTIVATION, APPROX)),
+                (_walk, ((dk, dv), (dk_pointer, dv_pointer), num_items, window, inner, outer, (k_tiles, v_tiles),
+                         (q_tiles, do_tiles), sums, (k_full, k_empty, q_full, q_empty, k_done), (k_turn, q_turn),
+                         dk_tile, news, stride_gt, stride_gh, True, 1, GROUPS, IN_PLACE, TURNS, ACTIVATION, APPROX)),
+                (_produce, (q, k, v, do, out, lse, offsets, counter, num_items, num_heads,
+                            (q_tiles, do_tiles, k_tiles, v_tiles), sums, barriers, news,
+                            stride_qh, stride_kh, stride_vh, stride_doh, stride_gh, SOFTMAX)),
+            ],
+            [4, 4, 1], [REGISTERS, REGISTERS, 24],
+        )  # fmt: skip
