@@ -168,7 +168,7 @@ def _walk(
     before = 0  # tiles of the items before
     count = 0
     pair = 0
-    held = gl.program_id(0) * 0 - 1  # the tile whose gradients may still be in its place
+    held = -1  # the tile whose gradients may still be in its place
     item, h, first, length = _take(news, count)
     while item < num_items:
         num_tiles = gl.cdiv(length, _R)
