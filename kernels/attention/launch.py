@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 from kernels.attention import triton_kernels
-from kernels.attention.hopper import TINY, backward_on_hopper, backward_tiles, forward_on_hopper, forward_tiles
+from kernels.attention.hopper import (
+    TINY,
+    backward_on_hopper,
+    backward_tiles,
+    forward_on_hopper,
+    forward_tiles,
+    window_on_hopper,
+)
 from kernels.attention.tiles import SHORT, Plan, Tiles, plan_for
 from kernels.hopper import is_hopper
 from kernels.jagged import MAX_SPLITS, accumulator, like
 from kernels.launcher import Bound, needs_gradient
-from kernels.window.hopper import window_backward_on_hopper, window_plan
 
 _REMEMBERED = 1024  # classes of shapes
 _LONG = 4096  # mean rows of an example above which one program alone takes too long
@@ -89,10 +95,9 @@ def backward(
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
     if num_examples == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
-    on_hopper = in_window = None
-    if plan is None and is_hopper(q.device):
+    on_hopper, by_rule = None, plan is None and is_hopper(q.device)
+    if by_rule:
         short, seeds = k.shape[0] <= SHORT * num_examples, q.shape[0] if shared else None
-        in_window = window_plan(q.dtype, q.shape[2], num_examples * num_heads, window, True)
         on_hopper = backward_tiles(q.dtype, q.shape[2], num_examples * num_heads, short, seeds, window)
     plan = plan or _plan(q, k, num_examples, window)
     scales = (scale, scale * _LOG2_E)
@@ -101,11 +106,10 @@ def backward(
         run = _bound("_softmax_bwd_seeds_kernel", q.dtype, q.shape[2], tiles, (), _BACKWARD,
                      q.stride(), k.stride(), v.stride(), grad.stride(), out.stride())  # fmt: skip
         run((num_examples * num_heads,), q, k, v, out, grad, lse, dq, dk, dv, offsets, num_heads, q.shape[0], *scales)
-    elif not in_window or not window_backward_on_hopper(
-        (q, k, v, grad), (dq, dk, dv), (out, lse), offsets, window or 0, in_window, "softmax", scales[::-1]
-    ):
+    else:
         tensors = (q, k, v, out, grad, lse, dq, dk, dv, offsets)
-        if not (on_hopper and backward_on_hopper(tensors, shared, window, scales, on_hopper)):
+        in_window = by_rule and not shared and window_on_hopper(tensors, window, scales)
+        if not (in_window or (on_hopper and backward_on_hopper(tensors, shared, window, scales, on_hopper))):
             _backward_in_passes(tensors, shared, window, scales, plan)
     if shared:
         dq = dq.view(num_examples, *q.shape).sum(0)  # added in float32 at least

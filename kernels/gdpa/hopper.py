@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.gdpa.tiles import Problem
 from kernels.hopper import ROWS, HopperTiles, counter, described, multiprocessors
-from kernels.window.hopper import window_backward_on_hopper, window_plan
+from kernels.window.hopper import window_backward_on_hopper, window_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +153,8 @@ def window_on_hopper(
 ) -> bool:
     """As `backward_on_hopper`, of self-attention over a window; that it is one shows in its offsets, one tensor."""
     programs = problem.num_examples * problem.num_heads
-    plan = window_plan(problem.dtype, problem.width, programs, problem.window, False)
-    if not plan or kv_offsets is None or kv_offsets.data_ptr() != q_offsets.data_ptr():
+    slots = window_slots(problem.dtype, problem.width, programs, problem.window)
+    if not slots or kv_offsets is None or kv_offsets.data_ptr() != q_offsets.data_ptr():
         return False
     scales = inner, outer
-    return window_backward_on_hopper(qkvg, grads, None, q_offsets, problem.window or 0, plan, activation, scales)
+    return window_backward_on_hopper(qkvg, grads, None, q_offsets, problem.window or 0, slots, activation, scales)

@@ -24,7 +24,7 @@ from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
 from kernels.gdpa.hopper_forward import _gdpa_fwd_hopper_kernel
 from kernels.gdpa.tiles import Problem
 from kernels.hopper import ROWS, HopperTiles
-from kernels.window.hopper import window_plan
+from kernels.window.hopper import REGISTERS, window_slots
 from kernels.window.hopper_backward import _window_bwd_hopper_kernel
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -117,13 +117,12 @@ def compile_softmax(width: int, seeds: int | None, window: int | None) -> dict[s
 
 def compile_window_backward(width: int, window: int, activation: str) -> str:
     """PTX of the kernel as `kernels.window.hopper` launches it for such a problem."""
-    plan = window_plan(torch.bfloat16, width, 4096, window, activation == "softmax")
-    assert plan is not None
+    slots = window_slots(torch.bfloat16, width, 4096, window)
+    assert slots is not None
     constants = {
-        "D": width, "SLOTS": plan.slots, "GROUPS": plan.groups, "IN_PLACE": plan.in_place, "TURNS": plan.turns,
-        "REGISTERS": plan.registers, "ACTIVATION": activation, "APPROX": True,
+        "D": width, "SLOTS": slots, "REGISTERS": REGISTERS, "ACTIVATION": activation, "APPROX": True,
     }  # fmt: skip
-    described = dict.fromkeys(("q", "k", "v", "do", "out", "dq", "dk", "dv"), descriptor(ROWS, width))
+    described = dict.fromkeys(("q", "k", "v", "do", "dq", "dk", "dv"), descriptor(ROWS, width))
     return build(_window_bwd_hopper_kernel, described, constants)
 
 

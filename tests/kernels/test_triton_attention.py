@@ -12,7 +12,6 @@ from kernels.attention import launch
 from kernels.attention.hopper import backward_tiles
 from kernels.attention.launch import seed_attention_triton, window_attention_triton
 from kernels.seed_attention.reference import seed_attention_reference
-from kernels.window.hopper import window_plan
 from kernels.window_attention.reference import window_attention_reference
 
 poison = pytest.fixture(autouse=True)(poisoned)
@@ -78,8 +77,7 @@ def test_what_the_hopper_kernels_refuse_is_left_to_triton(seeds: int | None, mon
     monkeypatch.setattr(launch, "backward_tiles", lambda *kind: backward_tiles(*kind[:2], 4096, *kind[3:]))
     monkeypatch.setattr(launch, "forward_on_hopper", refuse)
     monkeypatch.setattr(launch, "backward_on_hopper", refuse)
-    monkeypatch.setattr(launch, "window_plan", lambda *kind: window_plan(*kind[:2], 4096, *kind[3:]))
-    monkeypatch.setattr(launch, "window_backward_on_hopper", refuse)
+    monkeypatch.setattr(launch, "window_on_hopper", refuse)
     compare([65, 70], seeds=seeds, window=None if seeds else 5, width=64, dtype=LOW)
     assert len(asked) == (2 if seeds else 3)
 
