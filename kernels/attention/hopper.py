@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.hopper import ROWS, HopperTiles, counter, described, multiprocessors
 from kernels.jagged import ENOUGH_PROGRAMS, shares
+from kernels.window.hopper import window_backward_on_hopper, window_slots
 
 _SMALL_WINDOW = 128  # up to it small tiles are faster: less of them is masked
 _DELTA_ROWS = 64
@@ -92,15 +93,10 @@ def backward_on_hopper(
     if engine is None:
         return False
     from kernels.attention.hopper_backward import _softmax_bwd_hopper_kernel
-    from kernels.attention.triton_kernels import _softmax_delta_kernel
     from kernels.launcher import launch
 
-    rows, num_heads, width = out.shape
-    delta = torch.empty_like(lse)
-    launch(
-        _softmax_delta_kernel, (-(-rows * num_heads // _DELTA_ROWS),), out, grad, delta, rows, num_heads,
-        stride_dot=grad.stride(0), stride_doh=grad.stride(1), D=width, BLOCK_ROWS=_DELTA_ROWS, num_warps=4,
-    )  # fmt: skip
+    num_heads, width = out.shape[1:]
+    delta = _delta(out, grad, lse)
     launch(
         _softmax_bwd_hopper_kernel, (2 * (offsets.shape[0] - 1) * num_heads,),
         *engine, dq, dk, dv, lse, delta, offsets, num_heads, q.shape[0], window or 0, *scales,
@@ -110,6 +106,32 @@ def backward_on_hopper(
         SHARED=shared, WINDOW=window is not None, num_warps=4,
     )  # fmt: skip
     return True
+
+
+def window_on_hopper(tensors: tuple[Tensor, ...], window: int | None, scales: tuple[float, float]) -> bool:
+    """As `backward_on_hopper`, where the tiles that a tile's window meets stay on chip."""
+    q, k, v, out, grad, lse, dq, dk, dv, offsets = tensors
+    slots = window_slots(q.dtype, q.shape[2], (offsets.shape[0] - 1) * q.shape[1], window)
+    if slots is None:
+        return False
+    sums = lse, _delta(out, grad, lse)
+    return window_backward_on_hopper(
+        (q, k, v, grad), (dq, dk, dv), sums, offsets, window or 0, slots, "softmax", scales[::-1]
+    )
+
+
+def _delta(out: Tensor, grad: Tensor, lse: Tensor) -> Tensor:
+    """rowsum(dO * O)."""
+    from kernels.attention.triton_kernels import _softmax_delta_kernel
+    from kernels.launcher import launch
+
+    rows, num_heads, width = out.shape
+    delta = torch.empty_like(lse)
+    launch(
+        _softmax_delta_kernel, (-(-rows * num_heads // _DELTA_ROWS),), out, grad, delta, rows, num_heads,
+        stride_dot=grad.stride(0), stride_doh=grad.stride(1), D=width, BLOCK_ROWS=_DELTA_ROWS, num_warps=4,
+    )  # fmt: skip
+    return delta
 
 
 def _is_small(window: int | None) -> bool:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from kernels.attention import triton_kernels
-from kernels.attention.hopper import TINY, backward_on_hopper, backward_tiles, forward_on_hopper, forward_tiles
+from kernels.attention.hopper import (
+    TINY,
+    backward_on_hopper,
+    backward_tiles,
+    forward_on_hopper,
+    forward_tiles,
+    window_on_hopper,
+)
 from kernels.attention.hopper_seeds import seeds_backward_on_hopper, takes_seeds
 from kernels.attention.tiles import SHORT, Plan, Tiles, plan_for
 from kernels.hopper import is_hopper
@@ -95,8 +102,8 @@ def backward(
     if num_examples == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
     scales = (scale, scale * _LOG2_E)
-    on_hopper = None
-    if plan is None and is_hopper(q.device):
+    on_hopper, by_rule = None, plan is None and is_hopper(q.device)
+    if by_rule:
         short, seeds = k.shape[0] <= SHORT * num_examples, q.shape[0] if shared else None
         on_hopper = backward_tiles(q.dtype, q.shape[2], num_examples * num_heads, short, seeds, window)
         if seeds and takes_seeds(q.dtype, q.shape[2], num_examples * num_heads, seeds):
@@ -112,7 +119,8 @@ def backward(
         run((num_examples * num_heads,), q, k, v, out, grad, lse, dq, dk, dv, offsets, num_heads, q.shape[0], *scales)
     else:
         tensors = (q, k, v, out, grad, lse, dq, dk, dv, offsets)
-        if not (on_hopper and backward_on_hopper(tensors, shared, window, scales, on_hopper)):
+        in_window = by_rule and not shared and window_on_hopper(tensors, window, scales)
+        if not (in_window or (on_hopper and backward_on_hopper(tensors, shared, window, scales, on_hopper))):
             _backward_in_passes(tensors, shared, window, scales, plan)
     return _sum_examples(dq, q, num_examples) if shared else dq, dk, dv
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.gdpa.tiles import Problem
 from kernels.hopper import ROWS, HopperTiles, counter, described, multiprocessors
+from kernels.window.hopper import window_backward_on_hopper, window_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,3 +140,22 @@ def backward_on_hopper(
         JAGGED=kv_offsets is not None, ACTIVATION=activation, APPROX=True, num_warps=4,
     )  # fmt: skip
     return True
+
+
+def window_on_hopper(
+    qkvg: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    q_offsets: Tensor,
+    kv_offsets: Tensor | None,
+    problem: Problem,
+    activation: str,
+    inner: float,
+    outer: float,
+) -> bool:
+    """As `backward_on_hopper`, of self-attention over a window; that it is one shows in its offsets, one tensor."""
+    programs = problem.num_examples * problem.num_heads
+    slots = window_slots(problem.dtype, problem.width, programs, problem.window)
+    if not slots or kv_offsets is None or kv_offsets.data_ptr() != q_offsets.data_ptr():
+        return False
+    scales = inner, outer
+    return window_backward_on_hopper(qkvg, grads, None, q_offsets, problem.window or 0, slots, activation, scales)

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gdpa import triton_kernels
-from kernels.gdpa.hopper import backward_on_hopper, forward_on_hopper, hopper_rings, hopper_tiles
+from kernels.gdpa.hopper import backward_on_hopper, forward_on_hopper, hopper_rings, hopper_tiles, window_on_hopper
 from kernels.gdpa.tiles import (
     MAX_ROUNDED_SUMS,
     Problem,
@@ -127,9 +127,18 @@ def backward(
     q, k, v, grad = _rows_of_heads(q), _rows_of_heads(k), _rows_of_heads(v), _rows_of_heads(grad)
     dq, dk, dv = like(q), like(k), like(v)
     problem = _problem(q, q_offsets, k, kv_offsets, window)
-    on_hopper = hopper_rings(problem) if tiles is None and dq_mode is None and is_hopper(q.device) else None
+    by_rule = tiles is None and dq_mode is None and is_hopper(q.device)
+    on_hopper = hopper_rings(problem) if by_rule else None
     tiles = tiles or backward_tiles(problem)
     if problem.num_examples == 0:
+        return dq, dk, dv
+    if by_rule and all(
+        window_on_hopper(
+            _of_heads((q, k, v, grad), heads), _of_heads((dq, dk, dv), heads), q_offsets, kv_offsets, problem, name,
+            inner, outer,
+        )
+        for name, heads in _runs(activation, problem.num_heads)
+    ):  # fmt: skip
         return dq, dk, dv
     modes = _dq_modes(problem, tiles, k.shape[0]) if dq_mode is None else [dq_mode]
     splits = _backward_splits(problem, tiles, modes[0])

@@ -28,6 +28,8 @@ from kernels.gdpa.tiles import Problem
 from kernels.gdpa_block.hopper import forward_tiles as block_tiles
 from kernels.gdpa_block.hopper_forward import _gdpa_block_fwd_hopper_kernel
 from kernels.hopper import ROWS, HopperTiles
+from kernels.window.hopper import REGISTERS, window_slots
+from kernels.window.hopper_backward import _window_bwd_hopper_kernel
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ASSEMBLERS = ("ptxas", "ptxas-blackwell")  # the second is newer; which one a Hopper gets depends on Triton's version
@@ -68,6 +70,14 @@ SEEDS_CASES = [  # width, seeds, adds to what others left
     (128, 100, False),
     (64, 256, False),
     (64, 100, True),
+]
+
+WINDOW_CASES = [  # width, window, activation
+    (64, 128, "softmax"),
+    (64, 128, "gelu_tanh"),
+    (128, 64, "softmax"),
+    (128, 64, "gelu"),
+    (128, 64, "identity"),
 ]
 
 
@@ -149,6 +159,17 @@ def compile_seeds(width: int, seeds: int, adds: bool) -> str:
     return build(_seeds_bwd_hopper_kernel, described, constants)
 
 
+def compile_window_backward(width: int, window: int, activation: str) -> str:
+    """PTX of the kernel as `kernels.window.hopper` launches it for such a problem."""
+    slots = window_slots(torch.bfloat16, width, 4096, window)
+    assert slots is not None
+    constants = {
+        "D": width, "SLOTS": slots, "REGISTERS": REGISTERS, "ACTIVATION": activation, "APPROX": True,
+    }  # fmt: skip
+    described = dict.fromkeys(("q", "k", "v", "do", "dq", "dk", "dv"), descriptor(ROWS, width))
+    return build(_window_bwd_hopper_kernel, described, constants)
+
+
 def build(kernel: Any, described: dict[str, str], constants: dict[str, Any]) -> str:
     """PTX; other arguments are what their names say, strides those of four heads."""
     names = kernel.arg_names
@@ -195,3 +216,6 @@ if __name__ == "__main__":
     for seeds_case in SEEDS_CASES:
         print("case seeds backward", *seeds_case)
         print(assemble(compile_seeds(*seeds_case)), flush=True)
+    for window_case in WINDOW_CASES:
+        print("case window backward", *window_case)
+        print(assemble(compile_window_backward(*window_case)), flush=True)

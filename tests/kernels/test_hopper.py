@@ -18,6 +18,7 @@ from kernels.gdpa.hopper import hopper_rings, hopper_tiles
 from kernels.gdpa.tiles import Problem
 from kernels.gdpa_block.hopper import forward_tiles as block_tiles
 from kernels.hopper import ROWS, HopperTiles, engine_view, is_hopper
+from kernels.window.hopper import REGISTERS, window_slots
 
 HERE = Path(__file__).parent
 
@@ -37,7 +38,7 @@ def test_kernels_compile_without_spills_and_with_products_in_flight() -> None:
     )
     assert report.returncode == 0, report.stderr[-2000:]
     cases = report.stdout.split("case ")[1:]
-    assert len(cases) == 6 + 7 + 4 + 11 + 5
+    assert len(cases) == 6 + 7 + 4 + 11 + 5 + 5
     for case in cases:
         assert "serialized" not in case, case
         spilled = int(re.findall(r"(\d+) bytes spill stores", case)[0])
@@ -176,6 +177,34 @@ def test_the_block_in_one_kernel_needs_one_type_of_16_bits() -> None:
     assert block_tiles(sequence, k, "silu,silu,silu,silu") is not None
     assert block_tiles(sequence.float(), k, "silu") is None
     assert block_tiles(sequence.float(), k.float(), "silu") is None
+
+
+@pytest.mark.parametrize(("width", "widest"), [(64, 128), (128, 64)])
+def test_the_tiles_that_a_window_meets_stay_on_chip(width: int, widest: int) -> None:
+    for window in (0, 1, widest):
+        slots = window_slots(torch.bfloat16, width, 4096, window)
+        assert slots is not None
+        assert slots >= 1 + 2 * -(-window // ROWS)
+        assert 2 * width * ROWS * (4 * slots + 2) + 2 * 4 * ROWS * slots + 1024 <= 227 * 1024
+    assert window_slots(torch.bfloat16, width, 4096, widest + 1) is None
+    assert REGISTERS % 8 == 0
+    assert REGISTERS + 24 + 232 <= 504
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "programs", "window"),
+    [
+        (torch.float32, 64, 4096, 64),
+        (torch.bfloat16, 32, 4096, 64),
+        (torch.bfloat16, 64, 511, 64),
+        (torch.bfloat16, 64, 4096, None),
+    ],
+    ids=["float32", "narrow", "few programs", "no window"],
+)
+def test_a_windows_backward_is_left_to_others(
+    dtype: torch.dtype, width: int, programs: int, window: int | None
+) -> None:
+    assert window_slots(dtype, width, programs, window) is None
 
 
 def test_only_a_hopper_card_runs_it() -> None:

@@ -122,6 +122,29 @@ def test_a_wide_window_is_carried_in_float32(monkeypatch: pytest.MonkeyPatch) ->
     compare([3, 0, 150], [3, 0, 150], window=100, dtype=LOW)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_windows_go_to_hoppers_kernel_if_queries_and_keys_have_the_same_offsets(
+    same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(*_: object) -> bool:
+        asked.append(True)
+        return False
+
+    monkeypatch.setattr("kernels.window.hopper.ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr("kernels.gdpa.launch.is_hopper", lambda device: True)
+    monkeypatch.setattr("kernels.gdpa.launch.forward_on_hopper", refuse)
+    monkeypatch.setattr("kernels.gdpa.hopper.window_backward_on_hopper", refuse)
+    q, k, v, grad = inputs([65, 3], [65, 3], 64, LOW)
+    offsets = offsets_of([65, 3]).to(DEVICE)
+    options = ("silu", OPTIONS["inner_scale"], OPTIONS["outer_scale"], 7)
+    actual = backward(grad, q, offsets, k, v, offsets if same else offsets.clone(), *options)
+    assert len(asked) == same
+    expected = run(gdpa_reference, [t.double() for t in (q, k, v, grad)], [65, 3], [65, 3], "silu", 7)
+    check("dq dk dv", actual, expected[1:], BOUNDS[LOW])
+
+
 def test_columns_of_one_projection_need_no_copy() -> None:
     q_lengths, width = [3, 5], 16
     qkv, grad = torch.randn(8, 3, HEADS, width, device=DEVICE), torch.randn(8, HEADS, width, device=DEVICE)

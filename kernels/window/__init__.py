@@ -1,0 +1,1 @@
+"""Windowed self-attention's backward on Hopper, which softmax attention and GDPA share."""
