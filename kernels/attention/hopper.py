@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.hopper import ROWS, HopperTiles, counter, described, multiprocessors
 from kernels.jagged import ENOUGH_PROGRAMS, shares
-from kernels.window.hopper import window_backward_on_hopper, window_slots
+from kernels.window.hopper import SHORT, window_backward_on_hopper, window_slots
 
 _SMALL_WINDOW = 128  # up to it small tiles are faster: less of them is masked
 _DELTA_ROWS = 64
@@ -111,7 +111,9 @@ def backward_on_hopper(
 def window_on_hopper(tensors: tuple[Tensor, ...], window: int | None, scales: tuple[float, float]) -> bool:
     """As `backward_on_hopper`, where the tiles that a tile's window meets stay on chip."""
     q, k, v, out, grad, lse, dq, dk, dv, offsets = tensors
-    slots = window_slots(q.dtype, q.shape[2], (offsets.shape[0] - 1) * q.shape[1], window)
+    num_examples = offsets.shape[0] - 1
+    short = q.shape[0] <= SHORT * num_examples
+    slots = window_slots(q.dtype, q.shape[2], num_examples * q.shape[1], short, window)
     if slots is None:
         return False
     sums = lse, _delta(out, grad, lse)

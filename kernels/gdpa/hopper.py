@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.gdpa.tiles import Problem
 from kernels.hopper import ROWS, HopperTiles, counter, described, multiprocessors
-from kernels.window.hopper import window_backward_on_hopper, window_slots
+from kernels.window.hopper import SHORT, window_backward_on_hopper, window_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,8 @@ def window_on_hopper(
 ) -> bool:
     """As `backward_on_hopper`, of self-attention over a window; that it is one shows in its offsets, one tensor."""
     programs = problem.num_examples * problem.num_heads
-    slots = window_slots(problem.dtype, problem.width, programs, problem.window)
+    short = problem.query_rows <= SHORT * problem.num_examples
+    slots = window_slots(problem.dtype, problem.width, programs, short, problem.window)
     if not slots or kv_offsets is None or kv_offsets.data_ptr() != q_offsets.data_ptr():
         return False
     scales = inner, outer

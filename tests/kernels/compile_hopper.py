@@ -161,7 +161,7 @@ def compile_seeds(width: int, seeds: int, adds: bool) -> str:
 
 def compile_window_backward(width: int, window: int, activation: str) -> str:
     """PTX of the kernel as `kernels.window.hopper` launches it for such a problem."""
-    slots = window_slots(torch.bfloat16, width, 4096, window)
+    slots = window_slots(torch.bfloat16, width, 4096, False, window)
     assert slots is not None
     constants = {
         "D": width, "SLOTS": slots, "REGISTERS": REGISTERS, "ACTIVATION": activation, "APPROX": True,

@@ -182,29 +182,30 @@ def test_the_block_in_one_kernel_needs_one_type_of_16_bits() -> None:
 @pytest.mark.parametrize(("width", "widest"), [(64, 128), (128, 64)])
 def test_the_tiles_that_a_window_meets_stay_on_chip(width: int, widest: int) -> None:
     for window in (0, 1, widest):
-        slots = window_slots(torch.bfloat16, width, 4096, window)
+        slots = window_slots(torch.bfloat16, width, 4096, False, window)
         assert slots is not None
         assert slots >= 1 + 2 * -(-window // ROWS)
         assert 2 * width * ROWS * (4 * slots + 2) + 2 * 4 * ROWS * slots + 1024 <= 227 * 1024
-    assert window_slots(torch.bfloat16, width, 4096, widest + 1) is None
+    assert window_slots(torch.bfloat16, width, 4096, False, widest + 1) is None
     assert REGISTERS % 8 == 0
     assert REGISTERS + 24 + 232 <= 504
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "programs", "window"),
+    ("dtype", "width", "programs", "short", "window"),
     [
-        (torch.float32, 64, 4096, 64),
-        (torch.bfloat16, 32, 4096, 64),
-        (torch.bfloat16, 64, 511, 64),
-        (torch.bfloat16, 64, 4096, None),
+        (torch.float32, 64, 4096, False, 64),
+        (torch.bfloat16, 32, 4096, False, 64),
+        (torch.bfloat16, 64, 511, False, 64),
+        (torch.bfloat16, 64, 4096, True, 64),
+        (torch.bfloat16, 64, 4096, False, None),
     ],
-    ids=["float32", "narrow", "few programs", "no window"],
+    ids=["float32", "narrow", "few programs", "short examples", "no window"],
 )
 def test_a_windows_backward_is_left_to_others(
-    dtype: torch.dtype, width: int, programs: int, window: int | None
+    dtype: torch.dtype, width: int, programs: int, short: bool, window: int | None
 ) -> None:
-    assert window_slots(dtype, width, programs, window) is None
+    assert window_slots(dtype, width, programs, short, window) is None
 
 
 def test_only_a_hopper_card_runs_it() -> None:

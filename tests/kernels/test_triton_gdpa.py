@@ -136,12 +136,12 @@ def test_windows_go_to_hoppers_kernel_if_queries_and_keys_have_the_same_offsets(
     monkeypatch.setattr("kernels.gdpa.launch.is_hopper", lambda device: True)
     monkeypatch.setattr("kernels.gdpa.launch.forward_on_hopper", refuse)
     monkeypatch.setattr("kernels.gdpa.hopper.window_backward_on_hopper", refuse)
-    q, k, v, grad = inputs([65, 3], [65, 3], 64, LOW)
-    offsets = offsets_of([65, 3]).to(DEVICE)
+    q, k, v, grad = inputs([130, 3], [130, 3], 64, LOW)
+    offsets = offsets_of([130, 3]).to(DEVICE)
     options = ("silu", OPTIONS["inner_scale"], OPTIONS["outer_scale"], 7)
     actual = backward(grad, q, offsets, k, v, offsets if same else offsets.clone(), *options)
     assert len(asked) == same
-    expected = run(gdpa_reference, [t.double() for t in (q, k, v, grad)], [65, 3], [65, 3], "silu", 7)
+    expected = run(gdpa_reference, [t.double() for t in (q, k, v, grad)], [130, 3], [130, 3], "silu", 7)
     check("dq dk dv", actual, expected[1:], BOUNDS[LOW])
 
 
