@@ -68,32 +68,42 @@ def get(place):
 
 
 @gluon.jit
-def _publish(item, h, first, num_q, length, m_first, items, item_full, item_empty, at):
-    """Tell the groups about an item."""
-    slot = at % 2
-    mbarrier.wait(item_empty.index(slot), (at // 2 & 1) ^ 1)
-    put(items.index(slot * 8), item)
-    put(items.index(slot * 8 + 1), h)
-    put(items.index(slot * 8 + 2), first)
-    put(items.index(slot * 8 + 3), num_q)
-    put(items.index(slot * 8 + 4), length)
-    put(items.index(slot * 8 + 5), m_first)
-    mbarrier.arrive(item_full.index(slot), count=1)
+def barriers_of(NUMBER: gl.constexpr, COUNT: gl.constexpr):
+    """New ones, that COUNT arrivals complete."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(barriers.index(i), count=COUNT)
+    return barriers
 
 
 @gluon.jit
-def next_item(items, item_full, item_empty, at):
-    slot = at % 2
-    mbarrier.wait(item_full.index(slot), at // 2 & 1)
-    item = get(items.index(slot * 8))
-    h = get(items.index(slot * 8 + 1))
-    first = get(items.index(slot * 8 + 2))
-    num_q = get(items.index(slot * 8 + 3))
-    length = get(items.index(slot * 8 + 4))
-    m_first = get(items.index(slot * 8 + 5))
+def announce(numbers, news, at):
+    """Tell the groups some integers, for the at-th time. news: shared places for some announcements, and barriers of
+    each that say when it is there and when all have read it."""
+    places, full, empty = news
+    SLOTS: gl.constexpr = full.shape[0]
+    WORDS: gl.constexpr = places.shape[0] // SLOTS
+    slot = at % SLOTS
+    mbarrier.wait(empty.index(slot), (at // SLOTS & 1) ^ 1)
+    for i in gl.static_range(len(numbers)):
+        put(places.index(slot * WORDS + i), numbers[i])
+    mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def take(news, at, COUNT: gl.constexpr):
+    """The COUNT integers of the at-th announcement."""
+    places, full, empty = news
+    SLOTS: gl.constexpr = full.shape[0]
+    WORDS: gl.constexpr = places.shape[0] // SLOTS
+    slot = at % SLOTS
+    mbarrier.wait(full.index(slot), at // SLOTS & 1)
+    numbers = ()
+    for i in gl.static_range(COUNT):
+        numbers = numbers + (get(places.index(slot * WORDS + i)),)  # noqa: RUF005 - Gluon unpacks no tuples
     all_warps()  # have read
-    mbarrier.arrive(item_empty.index(slot), count=1)
-    return item, h, first, num_q, length, m_first
+    mbarrier.arrive(empty.index(slot), count=1)
+    return numbers
 
 
 @gluon.jit
@@ -110,7 +120,6 @@ def produce(
     """
     q_tiles, k_tiles, v_tiles, _ = tiles
     q_full, q_empty, k_full, v_full, empty = barriers
-    items, item_full, item_empty = news
     Q_SLOTS: gl.constexpr = q_tiles.shape[0] // GROUPS
     SLOTS: gl.constexpr = k_tiles.shape[0]
     N: gl.constexpr = k_tiles.shape[1]
@@ -129,7 +138,7 @@ def produce(
         if JAGGED:
             kv_first = gl.load(kv_offsets + b)
             length = gl.load(kv_offsets + b + 1) - kv_first
-        _publish(item, h, first, num_q, length, m_first, items, item_full, item_empty, count)
+        announce((item, h, first, num_q, length, m_first), news, count)
         for m in range(m_first, num_q, num_parts * (GROUPS * ROWS)):
             slot = tile % Q_SLOTS
             mbarrier.wait(q_empty.index(slot), (tile // Q_SLOTS & 1) ^ 1)
@@ -149,7 +158,7 @@ def produce(
         # Not before this item's last copies are on their way: a program that is busy must not hold a second one.
         item = gl.atomic_add(counter, 1) + gl.num_programs(0)
         count += 1
-    _publish(item, 0, 0, 0, 0, 0, items, item_full, item_empty, count)
+    announce((item, 0, 0, 0, 0, 0), news, count)
     give_back(counter)
 
 
@@ -213,7 +222,7 @@ def store_tile(x_MD, out, base, column, staged, first, m, num_q, stride: gl.cons
 
 @gluon.jit
 def allocate(q, k, out, D: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr):
-    """The tiles, the barriers and what `_publish` writes to, for two query tiles and SLOTS stages of keys and values.
+    """The tiles, the barriers and what `announce` writes to, for two query tiles and SLOTS stages of keys and values.
 
     All is allocated before any barrier is initialized: in turns, Triton puts 8 to 16 more block barriers into a kernel.
     """

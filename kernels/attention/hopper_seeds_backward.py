@@ -17,8 +17,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from kernels.attention.hopper_seeds_ring import WORDS, M, N, o_tile, produce, share, take
-from kernels.hopper_ring import add, store, store_rows
+from kernels.attention.hopper_seeds_ring import WORDS, M, N, o_tile, produce, share
+from kernels.hopper_ring import add, barriers_of, store, store_rows, take
 
 
 @gluon.jit
@@ -86,7 +86,6 @@ def _consume(
     ADDS: gl.constexpr,
 ):  # fmt: skip
     """Four warps, with PARTS parts of the seeds. dX is dV in group 0 and dK in group 1."""
-    units, unit_full, unit_empty = units
     q_tiles, o_tiles, do_tiles, k_tiles, v_tiles = tiles
     p_tiles, ds_tiles, staged, stats = made
     q_full, q_empty, o_full, o_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty = barriers
@@ -111,7 +110,7 @@ def _consume(
         visit = -1
         heads = -1
         for i in range(count):
-            row, left, h, b, fresh, ends = take(units, unit_full, unit_empty, i)
+            row, left, h, b, fresh, ends = take(units, i, 6)
             is_new = fresh > 0
             visit += is_new.to(gl.int32)
             heads += (fresh == 2).to(gl.int32)
@@ -210,14 +209,6 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit
-def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUMBER):
-        mbarrier.init(barriers.index(i), count=COUNT)
-    return barriers
-
-
 @gluon.jit(do_not_specialize=["num_examples", "num_shared", "num_seeds"])
 def _seeds_bwd_hopper_kernel(
     q, k, v, o, do, dk, dv, dk_pointer, dv_pointer, lse, shares, before, offsets,
@@ -246,13 +237,13 @@ def _seeds_bwd_hopper_kernel(
         o_tiles = gl.allocate_shared_memory(TYPE, [ALL, M, D], o.layout)
     stats = gl.allocate_shared_memory(gl.float32, [2 * ALL, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     units = gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    units = (units, _barriers(2, 1), _barriers(2, 2))
-    q_full, o_full = _barriers(1, ALL).index(0), _barriers(1, ALL).index(0)
-    q_empty, o_empty = _barriers(1, 2).index(0), _barriers(1, 2).index(0)
-    do_full, do_empty = _barriers(DO_PLACES * ALL, 1), _barriers(DO_PLACES * ALL, 1)
-    k_full, v_full = _barriers(PLACES, 1), _barriers(PLACES, 1)
-    k_empty, v_empty = _barriers(PLACES, 2), _barriers(PLACES, 2)
-    full, free = _barriers(2, 1), _barriers(2, 1)
+    units = (units, barriers_of(2, 1), barriers_of(2, 2))
+    q_full, o_full = barriers_of(1, ALL).index(0), barriers_of(1, ALL).index(0)
+    q_empty, o_empty = barriers_of(1, 2).index(0), barriers_of(1, 2).index(0)
+    do_full, do_empty = barriers_of(DO_PLACES * ALL, 1), barriers_of(DO_PLACES * ALL, 1)
+    k_full, v_full = barriers_of(PLACES, 1), barriers_of(PLACES, 1)
+    k_empty, v_empty = barriers_of(PLACES, 2), barriers_of(PLACES, 2)
+    full, free = barriers_of(2, 1), barriers_of(2, 1)
     hopper.fence_async_shared()
     tiles = (q_tiles, (o_tiles, ds_tiles), do_tiles, k_tiles, v_tiles)
     made = (p_tiles, ds_tiles, staged, stats)

@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from kernels.hopper_ring import all_warps, copy_in, get, put
+from kernels.hopper_ring import announce, copy_in
 
 M = gl.constexpr(64)
 N = gl.constexpr(64)
@@ -63,40 +63,12 @@ def o_tile(o_tiles, group: gl.constexpr, j: gl.constexpr, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _announce(row, left, h, b, fresh, ends, units, full, empty, i):
-    """Tell the groups of the i-th key tile."""
-    at = i % 2 * WORDS
-    mbarrier.wait(empty.index(i % 2), (i // 2 & 1) ^ 1)
-    put(units.index(at), row)
-    put(units.index(at + 1), left)
-    put(units.index(at + 2), h)
-    put(units.index(at + 3), b)
-    put(units.index(at + 4), fresh)
-    put(units.index(at + 5), ends.to(gl.int32))
-    mbarrier.arrive(full.index(i % 2), count=1)
-
-
-@gluon.jit
-def take(units, full, empty, i):
-    """Of the i-th key tile: its first row, rows left in its example, head, example, 1 for an example's first tile here
-    and 2 for a head's, 1 for the last of a head's."""
-    at = i % 2 * WORDS
-    mbarrier.wait(full.index(i % 2), i // 2 & 1)
-    row, left, h = get(units.index(at)), get(units.index(at + 1)), get(units.index(at + 2))
-    b, fresh, ends = get(units.index(at + 3)), get(units.index(at + 4)), get(units.index(at + 5))
-    all_warps()  # have read
-    mbarrier.arrive(empty.index(i % 2), count=1)
-    return row, left, h, b, fresh, ends
-
-
-@gluon.jit
 def produce(
     q, k, v, o, do, before, offsets, num_examples, num_heads, num_shared, units, tiles, barriers,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
     stride_gh: gl.constexpr,
 ):  # fmt: skip
     """One warp: announces key tiles and has them copied, with a head's first tile Q, with an example's dO and O."""
-    units, unit_full, unit_empty = units
     q_tiles, o_tiles, do_tiles, k_tiles, v_tiles = tiles
     q_full, q_empty, o_full, o_empty, do_full, do_empty, k_full, k_empty, v_full, v_empty = barriers
     ALL: gl.constexpr = q_tiles.shape[0]
@@ -108,7 +80,7 @@ def produce(
     b = _find(before, num_examples, first_tile - h * each)
     n = (first_tile - h * each - gl.load(before + b)) * N
     kv_first, length = _rows(offsets, b)
-    fresh = 2  # see `take`
+    fresh = 2  # for a head's first tile here, 1 for an example's
     visit = 0  # examples so far
     heads = 0
     for i in range(end - first_tile):
@@ -125,8 +97,9 @@ def produce(
             while length == 0:
                 b += 1
                 kv_first, length = _rows(offsets, b)
+        # The last tile of a head's.
         ends = (first_tile + i + 1 == end) | (first_tile + i + 1 == (h + 1) * each)
-        _announce(kv_first + n, length - n, h, b, fresh, ends, units, unit_full, unit_empty, i)
+        announce((kv_first + n, length - n, h, b, fresh, ends.to(gl.int32)), units, i)
         at = i % PLACES
         mbarrier.wait(v_empty.index(at), (i // PLACES & 1) ^ 1)
         copy_in(v, kv_first + n, h * stride_vh, v_full.index(at), v_tiles.index(at), True)

@@ -13,7 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from kernels.gdpa.hopper_backward_groups import narrow_group, wide_group
-from kernels.gdpa.hopper_backward_units import M, barriers_of, produce
+from kernels.gdpa.hopper_backward_units import M, produce
+from kernels.hopper_ring import barriers_of
 
 
 @gluon.jit

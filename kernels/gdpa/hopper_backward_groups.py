@@ -15,9 +15,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from kernels.gdpa.hopper_backward_units import M, N, describe, take
+from kernels.gdpa.hopper_backward_units import M, N, describe
 from kernels.gdpa.triton_activations import activate_with_slope, bare_with_slope, slope_factors
-from kernels.hopper_ring import add, all_warps, store, store_rows
+from kernels.hopper_ring import add, all_warps, store, store_rows, take
 
 
 @gluon.jit
@@ -135,7 +135,7 @@ def narrow_group(
     t = 0
     pair = 0
     i = 0
-    unit = take(units, i)
+    (unit,) = take(units, i, 1)
     while unit < num_units:
         h, first, num_q, kv_first, length, n_first, n_end = describe(unit, offsets, sizes, PARTS, JAGGED)
         dq_base = dq_pointer + first.to(gl.int64) * stride_gt + h * stride_gh + GROUP * HALF
@@ -239,7 +239,7 @@ def narrow_group(
         for m in range(0, gl.where(length > 0, 0, num_q), M):
             store_rows(dq_base, gl.full([M, HALF], 0.0, gl.float32, Q_LAYOUT), m, num_q, stride_gt, Q_LAYOUT)
         i += 1
-        unit = take(units, i)
+        (unit,) = take(units, i, 1)
     tma.store_wait(0)
 
 
@@ -270,7 +270,7 @@ def wide_group(
     t = 0
     pair = 0
     i = 0
-    unit = take(units, i)
+    (unit,) = take(units, i, 1)
     while unit < num_units:
         h, first, num_q, kv_first, length, n_first, n_end = describe(unit, offsets, sizes, PARTS, JAGGED)
         dq_base = dq_pointer + first.to(gl.int64) * stride_gt + h * stride_gh + GROUP * HALF
@@ -358,5 +358,5 @@ def wide_group(
         for m in range(0, gl.where(length > 0, 0, num_q), M):
             store_rows(dq_base, gl.full([M, HALF], 0.0, gl.float32, Q_LAYOUT), m, num_q, stride_gt, Q_LAYOUT)
         i += 1
-        unit = take(units, i)
+        (unit,) = take(units, i, 1)
     tma.store_wait(0)

@@ -8,18 +8,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from kernels.hopper_ring import all_warps, copy_in, get, give_back, put
+from kernels.hopper_ring import announce, copy_in, give_back
 
 M = gl.constexpr(64)  # queries of a tile
 N = gl.constexpr(128)  # keys of a tile
-
-
-@gluon.jit
-def barriers_of(NUMBER: gl.constexpr, COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUMBER):
-        mbarrier.init(barriers.index(i), count=COUNT)
-    return barriers
 
 
 @gluon.jit
@@ -48,25 +40,6 @@ def describe(unit, offsets, sizes, PARTS: gl.constexpr, JAGGED: gl.constexpr):
 
 
 @gluon.jit
-def take(units, i):
-    """The i-th unit that the producer announced."""
-    places, full, empty = units
-    mbarrier.wait(full.index(i % 2), i // 2 & 1)
-    unit = get(places.index(i % 2))
-    all_warps()  # have read
-    mbarrier.arrive(empty.index(i % 2), count=1)
-    return unit
-
-
-@gluon.jit
-def _announce(unit, units, i):
-    places, full, empty = units
-    mbarrier.wait(empty.index(i % 2), (i // 2 & 1) ^ 1)
-    put(places.index(i % 2), unit)
-    mbarrier.arrive(full.index(i % 2), count=1)
-
-
-@gluon.jit
 def produce(
     q, k, v, do, counter, offsets, sizes, num_units, units, tiles, barriers,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
@@ -81,7 +54,7 @@ def produce(
     pair = 0  # key tiles so far
     i = 0
     unit = gl.program_id(0)
-    _announce(unit, units, i)
+    announce((unit,), units, i)
     while unit < num_units:
         h, first, num_q, kv_first, _, n_first, n_end = describe(unit, offsets, sizes, PARTS, JAGGED)
         if num_q == 0:
@@ -102,5 +75,5 @@ def produce(
         # Not earlier: a program that is busy would keep a unit from the others.
         i += 1
         unit = gl.num_programs(0) + gl.atomic_add(counter, 1)
-        _announce(unit, units, i)
+        announce((unit,), units, i)
     give_back(counter)

@@ -20,11 +20,11 @@ from kernels.hopper_ring import (
     add_values,
     allocate,
     key_range,
-    next_item,
     pass_by,
     produce,
     start_step,
     store_tile,
+    take,
 )
 
 
@@ -55,7 +55,6 @@ def _consume(
     """One group: 64 rows of every query tile."""
     q_tiles, k_tiles, v_tiles, o_tiles = tiles
     q_full, q_empty, k_full, v_full, empty = barriers
-    items, item_full, item_empty = news
     Q_SLOTS: gl.constexpr = q_tiles.shape[0] // GROUPS
     SLOTS: gl.constexpr = k_tiles.shape[0]
     N: gl.constexpr = k_tiles.shape[1]
@@ -68,7 +67,7 @@ def _consume(
     tile = 0  # as in `produce`
     at = 0
     count = 0
-    item, h, first, num_q, length, m_first = next_item(items, item_full, item_empty, count)
+    item, h, first, num_q, length, m_first = take(news, count, 6)
     while item < num_items:
         for tile_row in range(m_first, num_q, num_parts * (GROUPS * ROWS)):
             m = tile_row + GROUP * ROWS
@@ -120,7 +119,7 @@ def _consume(
                 mbarrier.arrive(q_empty.index(slot), count=1)
             tile += 1
         count += 1
-        item, h, first, num_q, length, m_first = next_item(items, item_full, item_empty, count)
+        item, h, first, num_q, length, m_first = take(news, count, 6)
     tma.store_wait(0)
 
 

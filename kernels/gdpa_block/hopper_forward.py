@@ -25,39 +25,17 @@ from kernels.hopper_ring import (
     ROWS,
     add_values,
     all_warps,
+    announce,
+    barriers_of,
     copy_in,
-    get,
-    put,
     start_step,
     store,
     store_rows,
+    take,
 )
 
 _EPS = gl.constexpr(1e-5)
 _NEWS = gl.constexpr(4)  # query tiles that the copying warp tells the groups about ahead of them
-
-
-@gluon.jit
-def _announce(row, left, news, tile):
-    """The next query tile: its first row of all rows, and how many the example has from there on; 0 after the last."""
-    places, full, empty = news
-    slot = tile % _NEWS
-    mbarrier.wait(empty.index(slot), (tile // _NEWS & 1) ^ 1)
-    put(places.index(slot * 2), row)
-    put(places.index(slot * 2 + 1), left)
-    mbarrier.arrive(full.index(slot), count=1)
-
-
-@gluon.jit
-def _next_tile(news, tile):
-    places, full, empty = news
-    slot = tile % _NEWS
-    mbarrier.wait(full.index(slot), tile // _NEWS & 1)
-    row = get(places.index(slot * 2))
-    left = get(places.index(slot * 2 + 1))
-    all_warps()  # have read
-    mbarrier.arrive(empty.index(slot), count=1)
-    return row, left
 
 
 @gluon.jit
@@ -99,7 +77,7 @@ def _produce(
         num_q = after - first
         m_first = gl.maximum(begin - first + TILE - 1, 0) // TILE * TILE
         for m in range(m_first, gl.minimum(num_q, end - first), TILE):
-            _announce(first + m, num_q - m, news, tile)
+            announce((first + m, num_q - m), news, tile)
             slot = tile % S_SLOTS
             mbarrier.wait(s_empty.index(slot), (tile // S_SLOTS & 1) ^ 1)
             for group in gl.static_range(GROUPS):
@@ -114,7 +92,7 @@ def _produce(
                 at += 1
         b += 1
         first = after
-    _announce(0, 0, news, tile)
+    announce((0, 0), news, tile)
 
 
 @gluon.jit
@@ -182,7 +160,7 @@ def _consume(
     at = 0
     row_before, left_before = 0, 0
     g_MD = gl.full([ROWS, D], 0.0, gl.float32, O_LAYOUT)
-    row, left = _next_tile(news, tile)
+    row, left = take(news, tile, 2)
     while left > 0:
         # 0 that changes with the row for all the compiler knows: addresses are computed where they are used.
         zero = row >> 31
@@ -228,19 +206,11 @@ def _consume(
         post(squares_box, zero, h, tile, gl.sum(g_MD * g_MD, 1), H)
         row_before, left_before = row, left
         tile += 1
-        row, left = _next_tile(news, tile)
+        row, left = take(news, tile, 2)
     last = s_tiles.index((tile + S_SLOTS - 1) % S_SLOTS * GROUPS + GROUP)
     squares_MH = read(squares_box, row_before >> 31, tile - 1, H)
     _finish(out, out_pointer, rms, g_MD, squares_MH, last, row_before, left_before, h, D, H, GROUP, O_LAYOUT)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUMBER):
-        mbarrier.init(barriers.index(i), count=COUNT)
-    return barriers
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_examples", "num_teams"])
@@ -262,9 +232,9 @@ def _gdpa_block_fwd_hopper_kernel(
     k_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, BLOCK_N, D], k.layout)
     v_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, BLOCK_N, D], k.layout)
     places = gl.allocate_shared_memory(gl.int32, [2 * _NEWS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    news = (places, _barriers(_NEWS, 1), _barriers(_NEWS, GROUPS))
-    s_full, s_empty = _barriers(S_SLOTS * GROUPS, 1), _barriers(S_SLOTS, GROUPS)
-    k_full, v_full, kv_empty = _barriers(SLOTS, 1), _barriers(SLOTS, 1), _barriers(SLOTS, GROUPS)
+    news = (places, barriers_of(_NEWS, 1), barriers_of(_NEWS, GROUPS))
+    s_full, s_empty = barriers_of(S_SLOTS * GROUPS, 1), barriers_of(S_SLOTS, GROUPS)
+    k_full, v_full, kv_empty = barriers_of(SLOTS, 1), barriers_of(SLOTS, 1), barriers_of(SLOTS, GROUPS)
     hopper.fence_async_shared()
     tiles = (s_tiles, q_tiles, k_tiles, v_tiles)
     barriers = (s_full, s_empty, k_full, v_full, kv_empty)

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.attention.hopper_forward import _is_cut, _visible
 from kernels.gdpa.triton_activations import activate_with_slope
-from kernels.hopper_ring import all_warps, copy_in, get, give_back, put, store_tile
+from kernels.hopper_ring import announce, barriers_of, copy_in, give_back, store_tile, take
 
 _R = gl.constexpr(64)
 
@@ -28,33 +28,6 @@ def _near(tile, num_tiles, window):
     """The first tile that some row of this one meets, and the one after the last."""
     lo = gl.maximum(tile * _R - window, 0) // _R
     return lo, gl.minimum((tile * _R + (_R - 1) + window) // _R + 1, num_tiles)
-
-
-@gluon.jit
-def _announce(item, h, first, length, news, at):
-    items, full, empty = news
-    slot = at % 2
-    mbarrier.wait(empty.index(slot), (at // 2 & 1) ^ 1)
-    put(items.index(slot * 4), item)
-    put(items.index(slot * 4 + 1), h)
-    put(items.index(slot * 4 + 2), first)
-    put(items.index(slot * 4 + 3), length)
-    mbarrier.arrive(full.index(slot), count=1)
-
-
-@gluon.jit
-def _take(news, at):
-    """Number, head, first row and length of the item that was announced."""
-    items, full, empty = news
-    slot = at % 2
-    mbarrier.wait(full.index(slot), at // 2 & 1)
-    item = get(items.index(slot * 4))
-    h = get(items.index(slot * 4 + 1))
-    first = get(items.index(slot * 4 + 2))
-    length = get(items.index(slot * 4 + 3))
-    all_warps()  # have read
-    mbarrier.arrive(empty.index(slot), count=1)
-    return item, h, first, length
 
 
 @gluon.jit
@@ -77,7 +50,7 @@ def _produce(
         first = gl.load(offsets + b)
         length = gl.load(offsets + b + 1) - first
         if length > 0:
-            _announce(item, h, first, length, news, count)
+            announce((item, h, first, length), news, count)
             count += 1
         for row in range(0, length, _R):
             slot, phase = at % SLOTS, (at // SLOTS & 1) ^ 1
@@ -99,7 +72,7 @@ def _produce(
             at += 1
         # Not before this item's last copies are on their way: a program that is busy must not hold a second one.
         item = gl.atomic_add(counter, 1) + gl.num_programs(0)
-    _announce(item, 0, 0, 0, news, count)
+    announce((item, 0, 0, 0), news, count)
     give_back(counter)
 
 
@@ -151,7 +124,7 @@ def _walk(
     before = 0  # tiles of the items before
     count = 0
     pair = 0  # of tiles, so far
-    item, h, first, length = _take(news, count)
+    item, h, first, length = take(news, count, 4)
     while item < num_items:
         num_tiles = gl.cdiv(length, _R)
         base = first.to(gl.int64) * stride_gt + h * stride_gh
@@ -239,16 +212,8 @@ def _walk(
         hopper.warpgroup_mma_wait(0, deps=[dp])  # leftovers
         before += num_tiles
         count += 1
-        item, h, first, length = _take(news, count)
+        item, h, first, length = take(news, count, 4)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUMBER):
-        mbarrier.init(barriers.index(i), count=COUNT)
-    return barriers
 
 
 @gluon.jit(do_not_specialize=["window", "num_items"])
@@ -275,10 +240,10 @@ def _window_bwd_hopper_kernel(
     lse_tiles = gl.allocate_shared_memory(gl.float32, [SLOTS, _R], FLAT)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [SLOTS, _R], FLAT)
     items = gl.allocate_shared_memory(gl.int32, [8, 1], FLAT)
-    news = (items, _barriers(2, 1), _barriers(2, 2))
-    q_full, q_empty = _barriers(SLOTS, 3 if SOFTMAX else 2), _barriers(SLOTS, 2)
-    k_full, k_empty = _barriers(SLOTS, 2), _barriers(SLOTS, 2)
-    q_turn, k_turn = _barriers(1, 1).index(0), _barriers(1, 1).index(0)
+    news = (items, barriers_of(2, 1), barriers_of(2, 2))
+    q_full, q_empty = barriers_of(SLOTS, 3 if SOFTMAX else 2), barriers_of(SLOTS, 2)
+    k_full, k_empty = barriers_of(SLOTS, 2), barriers_of(SLOTS, 2)
+    q_turn, k_turn = barriers_of(1, 1).index(0), barriers_of(1, 1).index(0)
     hopper.fence_async_shared()
     sums = (lse_tiles, delta_tiles)
     gl.warp_specialize(
