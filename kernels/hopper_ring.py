@@ -1,6 +1,6 @@
-"""What GDPA's and softmax attention's forward kernels on Hopper share, in Gluon.
+"""What the warp-specialized kernels on Hopper share, in Gluon: one warp has tiles copied, groups of four warps compute.
 
-One warp has tiles copied, groups of four warps compute.
+From `produce` on, it is what GDPA's and softmax attention's forward do.
 
 Shape letters: H heads, D head width, N rows of a key tile. An item is an example and a head, or one of `num_parts` that
 share out its query tiles. These are taken one after another, GROUPS x 64 rows, 64 to a group; for each, all key tiles
@@ -100,7 +100,7 @@ def take(news, at, COUNT: gl.constexpr):
     mbarrier.wait(full.index(slot), at // SLOTS & 1)
     numbers = ()
     for i in gl.static_range(COUNT):
-        numbers = numbers + (get(places.index(slot * WORDS + i)),)  # noqa: RUF005 - Gluon unpacks no tuples
+        numbers = numbers + (get(places.index(slot * WORDS + i)),)  # type: ignore[assignment]  # noqa: RUF005
     all_warps()  # have read
     mbarrier.arrive(empty.index(slot), count=1)
     return numbers
