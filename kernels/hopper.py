@@ -37,6 +37,8 @@ def is_hopper(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
+        import kernels.attention.hopper_seeds_ring
+        import kernels.gdpa_block.hopper_mailbox
         import kernels.hopper_ring  # noqa: F401
     except (ImportError, AttributeError):  # experimental: a name of it may be gone in another version
         return False
@@ -46,7 +48,7 @@ def is_hopper(device: torch.device) -> bool:
 def engine_view(x: Tensor) -> tuple[list[int], list[int]] | None:
     """Shape and strides of x as (rows, columns of all heads), if the copy engine can read heads' tiles of it."""
     width, row_stride, rows = x.shape[-1], x.stride(-3), x.shape[:-2].numel()
-    aligned = x.data_ptr() % 16 == 0 and row_stride * x.element_size() % 16 == 0
+    aligned = x.data_ptr() % 16 == 0 and row_stride > 0 and row_stride * x.element_size() % 16 == 0
     if not (rows and aligned and width >= 16 and width & (width - 1) == 0):
         return None
     return [rows, (x.shape[-2] - 1) * x.stride(-2) + width], [row_stride, 1]

@@ -1,6 +1,6 @@
 """What the warp-specialized kernels on Hopper share, in Gluon: one warp has tiles copied, groups of four warps compute.
 
-From `produce` on, it is what GDPA's and softmax attention's forward do.
+`produce`, `pass_by` and `allocate` are of GDPA's and softmax attention's forward alone, and so is what follows.
 
 Shape letters: H heads, D head width, N rows of a key tile. An item is an example and a head, or one of `num_parts` that
 share out its query tiles. These are taken one after another, GROUPS x 64 rows, 64 to a group; for each, all key tiles
@@ -78,8 +78,8 @@ def barriers_of(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def announce(numbers, news, at):
-    """Tell the groups some integers, for the at-th time. news: shared places for some announcements, and barriers of
-    each that say when it is there and when all have read it."""
+    """Tell the groups some integers, for the at-th time. news: shared places for some announcements, and for each two
+    barriers: it is there, and all have read it."""
     places, full, empty = news
     SLOTS: gl.constexpr = full.shape[0]
     WORDS: gl.constexpr = places.shape[0] // SLOTS

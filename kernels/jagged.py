@@ -13,18 +13,29 @@ MAX_SPLITS = 65_535  # of a CUDA grid's second axis
 
 
 def check_offsets(name: str, offsets: Tensor, num_rows: int) -> None:
-    """Raise ValueError unless `offsets` are int32 (B+1) that cut `num_rows` rows.
+    """Raise ValueError unless `offsets` are contiguous int32 (B+1) that cut `num_rows` rows.
 
     The values are read on the CPU only: on a device that would stall the stream.
     """
-    if offsets.dtype != torch.int32 or offsets.dim() != 1 or offsets.shape[0] < 1:
+    if offsets.dtype != torch.int32 or offsets.dim() != 1 or offsets.shape[0] < 1 or not offsets.is_contiguous():
         raise ValueError(
-            f"{name}: expected int32 offsets of shape (B+1,), got {offsets.dtype} of shape {tuple(offsets.shape)}"
+            f"{name}: expected contiguous int32 offsets of shape (B+1,), got {offsets.dtype} of shape "
+            f"{tuple(offsets.shape)} and strides {offsets.stride()}"
         )
     if offsets.device.type != "cpu":
         return
     if offsets[0] != 0 or offsets[-1] != num_rows or bool((offsets.diff() < 0).any()):
         raise ValueError(f"{name}: must rise from 0 to the number of rows, {num_rows}")
+
+
+def check_alike(op: str, *tensors: Tensor) -> None:
+    """Raise ValueError unless all are of one type and on one device: a kernel goes by the first."""
+    first = tensors[0]
+    for x in tensors[1:]:
+        if x.dtype != first.dtype or x.device != first.device:
+            raise ValueError(
+                f"{op}: expected {first.dtype} on {first.device} throughout, got {x.dtype} on {x.device}: cast or move"
+            )
 
 
 def group_by_length(sizes_B: Tensor) -> list[Tensor]:

@@ -126,6 +126,8 @@ def _specialize(args: Sequence[Any], device: int) -> tuple[list[Any], list[Any]]
             values.append(x)
             kinds.append(float)
         else:
+            if x.base.get_device() != device:
+                raise ValueError(f"a kernel on the current device {device} got a tensor on {x.base.device}")
             values.append(x)
             kinds.append((x.base.dtype, *x.block_shape, getattr(x, "layout", None)))
     if pointers % _ALIGNMENT:  # rare

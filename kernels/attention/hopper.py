@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.hopper import ROWS, HopperTiles, counter, described, multiprocessors
+from kernels.hopper import ROWS, HopperTiles, counter, described, engine_view, multiprocessors
 from kernels.jagged import ENOUGH_PROGRAMS, shares
-from kernels.window.hopper import SHORT, window_backward_on_hopper, window_slots
+from kernels.window.hopper import SHORT_ROWS, window_backward_on_hopper, window_slots
 
 _SMALL_WINDOW = 128  # up to it small tiles are faster: less of them is masked
 _DELTA_ROWS = 64
@@ -55,6 +55,7 @@ def backward_tiles(
         return None
     if width == 64:
         return None if short else BackwardTiles(64, 64, 7)
+    # Windows of at most 64 have `kernels/window`.
     return BackwardTiles(64, 32, 5) if seeds is not None or _is_small(window) else None
 
 
@@ -112,9 +113,9 @@ def window_on_hopper(tensors: tuple[Tensor, ...], window: int | None, scales: tu
     """As `backward_on_hopper`, where the tiles that a tile's window meets stay on chip."""
     q, k, v, out, grad, lse, dq, dk, dv, offsets = tensors
     num_examples = offsets.shape[0] - 1
-    short = q.shape[0] <= SHORT * num_examples
+    short = q.shape[0] <= SHORT_ROWS * num_examples
     slots = window_slots(q.dtype, q.shape[2], num_examples * q.shape[1], short, window)
-    if slots is None:
+    if slots is None or any(engine_view(x) is None for x in (q, k, v, grad)):
         return False
     sums = lse, _delta(out, grad, lse)
     return window_backward_on_hopper(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.hopper import ROWS, described, multiprocessors
+from kernels.hopper import ROWS, described, engine_view, multiprocessors
 from kernels.jagged import ENOUGH_PROGRAMS, like
 
 _BLOCK_SEEDS = 256  # that fit on chip
@@ -43,7 +43,7 @@ def seeds_rings(width: int, seeds: int) -> SeedsRings:
 def seeds_backward_on_hopper(tensors: tuple[Tensor, ...], scales: tuple[float, float]) -> Tensor | None:
     """Fill dK and dV, return dQ; None, with nothing done, where a tensor's layout forbids it."""
     q, k, v, out, grad, lse, dk, dv, offsets = tensors
-    if described((q, k, v, out, grad, dk, dv), [ROWS] * 7) is None:
+    if any(engine_view(x) is None for x in (q, k, v, out, grad, dk, dv)):
         return None
     from kernels.attention.triton_seeds_kernels import _count_tiles_kernel
     from kernels.launcher import launch

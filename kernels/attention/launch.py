@@ -22,7 +22,7 @@ from kernels.attention.hopper import (
 from kernels.attention.hopper_seeds import seeds_backward_on_hopper, takes_seeds
 from kernels.attention.tiles import SHORT, Plan, Tiles, plan_for
 from kernels.hopper import is_hopper
-from kernels.jagged import MAX_SPLITS, accumulator, like
+from kernels.jagged import MAX_SPLITS, accumulator, check_alike, like
 from kernels.launcher import Bound, needs_gradient
 
 _REMEMBERED = 1024  # classes of shapes
@@ -51,6 +51,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, shared: bool, window
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    check_alike("seed_attention" if shared else "window_attention", q, k, v)
     if torch.compiler.is_compiling():
         out: Tensor = _softmax_attention(q, k, v, offsets, shared, window, scale)[0]
         return _by_example(out, q, offsets, shared)

@@ -1,6 +1,6 @@
 """What comes before and after `kernels/attention/hopper_seeds_backward.py`, in Triton.
 
-Shape letters: B examples, H heads, D head width, R rows of a block.
+Shape letters: B examples, in `sum_B` numbers of a block; H heads, D head width.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -27,10 +27,10 @@ def _count_tiles_kernel(offsets, before, num_examples, KEYS: tl.constexpr, BLOCK
 
 @triton.jit
 def _add_shares_kernel(
-    shares, before, dq, num_examples, num_heads, num_shared, query_rows, num_programs, D: tl.constexpr,
+    shares, before, dq, num_examples, num_heads, num_seeds, query_rows, num_programs, D: tl.constexpr,
     BLOCK: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """dq (num_shared, H, D): the sum of what programs added up for a head, in a fixed order."""
+    """dq (num_seeds, H, D): the sum of what programs added up for a head, in a fixed order."""
     h = tl.program_id(1)
     each = tl.load(before + num_examples).to(tl.int64)
     total = each * num_heads
@@ -47,4 +47,4 @@ def _add_shares_kernel(
         real = (p < end)[:, None]
         sum_B += tl.sum(tl.load(shares + (of_share[:, None] + place[None, :]), mask=real, other=0.0), 0)
     row = place // D
-    tl.store(dq + ((row * num_heads + h) * D + place % D), sum_B, mask=row < num_shared)
+    tl.store(dq + ((row * num_heads + h) * D + place % D), sum_B, mask=row < num_seeds)

@@ -1,4 +1,4 @@
-"""Launches of GDPA's Gluon kernels on Hopper (`kernels/gdpa/hopper_*.py`): where they run, and their tiles."""
+"""Launches of GDPA's Gluon kernels on Hopper, here and in `kernels/window`: where they run, and their tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.gdpa.tiles import Problem
 from kernels.hopper import ROWS, HopperTiles, counter, described, multiprocessors
-from kernels.window.hopper import SHORT, window_backward_on_hopper, window_slots
+from kernels.window.hopper import SHORT_ROWS, window_backward_on_hopper, window_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,12 @@ def hopper_rings(problem: Problem) -> HopperRings | None:
     if is_small or (problem.width > 64 and problem.query_rows < _ENOUGH_QUERIES * problem.num_examples):
         return None
     return _BACKWARD.get((problem.key_class, problem.width > 64))
+
+
+def key_parts(problem: Problem) -> int:
+    """Backward: programs that share an example's keys. Two key tiles of wide heads, which are bound by memory, run side
+    by side: both find the queries in the L2 cache."""
+    return 2 if problem.width > 64 and problem.key_class == "256" else 1
 
 
 def forward_on_hopper(
@@ -124,8 +130,7 @@ def backward_on_hopper(
 
     q, k, v, grad = qkvg
     num_heads = q.shape[1]
-    # Two key tiles of wide heads, which are bound by memory, run side by side: both find the queries in the L2 cache.
-    parts = 2 if problem.width > 64 and problem.key_class == "256" else 1
+    parts = key_parts(problem)
     if parts > 1:
         dq.zero_()
     units = problem.num_examples * num_heads * parts
@@ -152,9 +157,9 @@ def window_on_hopper(
     inner: float,
     outer: float,
 ) -> bool:
-    """As `backward_on_hopper`, of self-attention over a window; that it is one shows in its offsets, one tensor."""
+    """As `backward_on_hopper`, of self-attention over a window: keys and queries have one tensor of offsets."""
     programs = problem.num_examples * problem.num_heads
-    short = problem.query_rows <= SHORT * problem.num_examples
+    short = problem.query_rows <= SHORT_ROWS * problem.num_examples
     slots = window_slots(problem.dtype, problem.width, programs, short, problem.window)
     if not slots or kv_offsets is None or kv_offsets.data_ptr() != q_offsets.data_ptr():
         return False

@@ -24,7 +24,7 @@ from kernels.gdpa.tiles import (
     mean_tile_rows,
 )
 from kernels.hopper import engine_view, is_hopper
-from kernels.jagged import accumulator, like
+from kernels.jagged import accumulator, check_alike, like
 from kernels.launcher import descriptor, launch, needs_gradient
 
 _LONGEST = 2**31 - 1
@@ -51,6 +51,7 @@ def gdpa_triton(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         q_THD, k, v = q_THD.to(dtype), k.to(dtype), v.to(dtype)
+    check_alike("gdpa", q_THD, k, v)
     if torch.compiler.is_compiling():
         out: Tensor = _gdpa(q_THD, q_offsets, k, v, kv_offsets, names, inner_scale, outer_scale, window)
         return out
@@ -132,7 +133,7 @@ def backward(
     tiles = tiles or backward_tiles(problem)
     if problem.num_examples == 0:
         return dq, dk, dv
-    if by_rule and all(
+    if by_rule and window is not None and all(
         window_on_hopper(
             _of_heads((q, k, v, grad), heads), _of_heads((dq, dk, dv), heads), q_offsets, kv_offsets, problem, name,
             inner, outer,

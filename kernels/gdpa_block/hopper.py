@@ -19,41 +19,35 @@ class BlockTiles:
     queries: int
 
 
-# By (class of keys, width), where it measured faster than three kernels on an H100.
-_FORWARD: dict[tuple[str, int], BlockTiles] = {
-    ("64", 128): BlockTiles(HopperTiles(2, 64, 3), 3),
-    ("128", 128): BlockTiles(HopperTiles(2, 64, 3), 3),
-    ("256", 128): BlockTiles(HopperTiles(2, 64, 3), 3),
-}
+# Where it measured faster than three kernels on an H100.
+_TILES = BlockTiles(HopperTiles(2, 64, 3), 3)
+_WIDTH = 128
+_KEYS = ("64", "128", "256")  # classes
 _HEADS = range(2, 9)  # of a team; of one head, no program waits for another
 _TURNS = 4  # as in the mailbox
 _ENOUGH_ELEMENTS = 2**25  # in all rows; with fewer, teams have few tiles each
-_ENOUGH_QUERIES = 192  # in an example: a team takes 128 rows at a time, if they are full or not
+_ENOUGH_QUERIES = 192  # in an example: a team takes 128 rows at a time, whether they are full or not
 
 
 def forward_tiles(s: Tensor, k: Tensor, activation: str) -> BlockTiles | None:
     """None: three kernels are faster, or this one cannot take the problem."""
     rows, num_heads, width = s.shape
     num_examples = k.shape[0]
+    if width != _WIDTH or rows < _ENOUGH_QUERIES * num_examples or s.numel() < _ENOUGH_ELEMENTS:
+        return None
     problem = Problem(k.dtype, num_examples, num_heads, width, rows, k.shape[1], None)
     alike = s.dtype == k.dtype and len(set(activation.split(","))) == 1
-    if not (alike and problem.low_precision and num_heads in _HEADS):
-        return None
-    if rows < _ENOUGH_QUERIES * num_examples or s.numel() < _ENOUGH_ELEMENTS:
-        return None
-    return _FORWARD.get((problem.key_class, width))
+    is_taken = alike and problem.low_precision and num_heads in _HEADS and problem.key_class in _KEYS
+    return _TILES if is_taken else None
 
 
 def forward_on_hopper(
     s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, out: Tensor, rms: Tensor,
-    activation: str, inner: float, outer: float, tiles: BlockTiles | None = None,
+    activation: str, inner: float, outer: float,
 ) -> bool:  # fmt: skip
     """Fill out and each row's 1 / root mean square. False, with nothing done, where three kernels are faster, or a
-    tensor's layout forbids it.
-
-    tiles: for measurements. Default: None, by the rule.
-    """
-    tiles = tiles or forward_tiles(s, k, activation)
+    tensor's layout forbids it."""
+    tiles = forward_tiles(s, k, activation)
     if tiles is None:
         return False
     ring, k, v = tiles.ring, k.contiguous(), v.contiguous()

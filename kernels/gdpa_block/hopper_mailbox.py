@@ -30,35 +30,30 @@ _POST_PAIR = gl.constexpr(
 
 
 @gluon.constexpr_function
-def _polling(words, kinds, heads):
-    """Assembly that reads so many addresses of a thread for each kind until all have their turns' numbers.
+def _polling(words, numbers, heads):
+    """Assembly that reads so many addresses of a thread, with 1 or 2 numbers each, until all have their turns' numbers.
 
-    kinds: how many numbers are at an address, 1 or 2. Operands: a result for each number of each kind, then addresses
-    and turns of each kind. All is asked for before any is looked at; a warp goes on when all its threads are served.
-    In vain, a warp watches only its last row, which is written last: all rows' traffic would fill the L2 cache's lanes.
+    Operands: the first number of each address, then the second, then addresses and turns. All is asked for before any
+    is looked at; a warp goes on when all its threads are served. In vain, a warp watches only its last row, which is
+    written last: all rows' traffic would fill the L2 cache's lanes.
     """
-    results = words * sum(kinds)
+    results = words * numbers
     asks, looks, places, watches, sights = [], [], [], [], []
-    result, address = 0, results
-    for kind, numbers in enumerate(kinds):
-        for i in range(words):
-            names = [f"w{result + n * words + i}" for n in range(numbers)]
-            target = "{" + ", ".join(names) + "}" if numbers == 2 else names[0]
-            asks.append(f"ld.relaxed.gpu.global{'.v2' * (numbers == 2)}.b64 {target}, [${address + i}];")
-            turn = f"${address + words + i}"
-            for n, name in enumerate(names):
-                looks.append(f"mov.b64 {{${result + n * words + i}, t}}, {name}; setp.eq.and.b32 p, t, {turn}, p;")
-            if i % 2 == 0:  # the other one is 8 rows below
-                last = f"a{kind * words + i}"
-                places.append(f"mad.wide.u32 {last}, below, {heads * numbers * 8}, ${address + i};")
-                watches.append(f"ld.relaxed.gpu.global.b64 {names[0]}, [{last}];")
-                sights.append(f"mov.b64 {{u, t}}, {names[0]}; setp.eq.and.b32 p, t, {turn}, p;")
-        result += numbers * words
-        address += 2 * words
+    for i in range(words):
+        names = [f"w{n * words + i}" for n in range(numbers)]
+        target = "{" + ", ".join(names) + "}" if numbers == 2 else names[0]
+        asks.append(f"ld.relaxed.gpu.global{'.v2' * (numbers == 2)}.b64 {target}, [${results + i}];")
+        turn = f"${results + words + i}"
+        for n, name in enumerate(names):
+            looks.append(f"mov.b64 {{${n * words + i}, t}}, {name}; setp.eq.and.b32 p, t, {turn}, p;")
+        if i % 2 == 0:  # the other one is 8 rows below
+            places.append(f"mad.wide.u32 a{i}, below, {heads * numbers * 8}, ${results + i};")
+            watches.append(f"ld.relaxed.gpu.global.b64 {names[0]}, [a{i}];")
+            sights.append(f"mov.b64 {{u, t}}, {names[0]}; setp.eq.and.b32 p, t, {turn}, p;")
     together = "vote.sync.all.pred p, p, 0xffffffff;"
     return " ".join(
         ["{ .reg .pred p, q; .reg .b32 t, u, below, polls;"]
-        + [f".reg .b64 w<{results}>, a<{len(kinds) * words}>; mov.b32 polls, 0; setp.ne.b32 q, 0, 0;"]
+        + [f".reg .b64 w<{results}>, a<{words}>; mov.b32 polls, 0; setp.ne.b32 q, 0, 0;"]
         + ["mov.u32 below, %laneid; shr.u32 below, below, 2; sub.u32 below, 15, below;", *places]
         + ["again:", *asks, "setp.eq.b32 p, 0, 0;", *looks, "or.pred p, p, q;", together, "@p bra done;"]
         + ["watch:", *watches, "setp.eq.b32 p, 0, 0;", *sights]
@@ -70,9 +65,8 @@ def _polling(words, kinds, heads):
 
 
 @gluon.constexpr_function
-def _operands(words, kinds):
-    inputs = (["l"] * words + ["r"] * words) * len(kinds)
-    return ",".join(["=&r"] * (words * sum(kinds)) + inputs)
+def _operands(words, numbers):
+    return ",".join(["=&r"] * (words * numbers) + ["l"] * words + ["r"] * words)
 
 
 @gluon.constexpr_function
@@ -146,7 +140,7 @@ def read(box, zero, turn, H: gl.constexpr):
     place_MH, turn_MH = _places(box, zero, turn, H, 1)
     WORDS: gl.constexpr = _padded(H) // 2
     x_MH = gl.inline_asm_elementwise(
-        _polling(WORDS, (1,), H), _operands(WORDS, (1,)), [place_MH, turn_MH], dtype=gl.int32, is_pure=False, pack=WORDS
+        _polling(WORDS, 1, H), _operands(WORDS, 1), [place_MH, turn_MH], dtype=gl.int32, is_pure=False, pack=WORDS
     )
     return _real(x_MH, H)
 
@@ -157,7 +151,7 @@ def read_pair(box, zero, turn, H: gl.constexpr):
     place_MH, turn_MH = _places(box, zero, turn, H, 2)
     WORDS: gl.constexpr = _padded(H) // 2
     x_MH, y_MH = gl.inline_asm_elementwise(
-        _polling(WORDS, (2,), H), _operands(WORDS, (2,)), [place_MH, turn_MH],
+        _polling(WORDS, 2, H), _operands(WORDS, 2), [place_MH, turn_MH],
         dtype=(gl.int32, gl.int32), is_pure=False, pack=WORDS,
     )  # fmt: skip
     return _real(x_MH, H), _real(y_MH, H)

@@ -12,7 +12,7 @@ from kernels.gdpa import launch as gdpa_launch
 from kernels.gdpa_block import triton_kernels
 from kernels.gdpa_block.hopper import forward_on_hopper
 from kernels.hopper import is_hopper
-from kernels.jagged import accumulator
+from kernels.jagged import accumulator, check_alike
 from kernels.launcher import launch, needs_gradient
 
 _PROGRAM_NUMBERS = 2048  # of the rows of one program: enough loads in flight, few enough for the registers
@@ -34,6 +34,7 @@ def gdpa_block_triton(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         k, v = k.to(dtype), v.to(dtype)
+    check_alike("gdpa_block", k, v)
     if torch.compiler.is_compiling():
         out: Tensor = _gdpa_block(s_THD, offsets, k, v, names, inner_scale, outer_scale)[0]
         return out

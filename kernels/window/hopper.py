@@ -12,7 +12,7 @@ from kernels.hopper import ROWS, counter, described, multiprocessors
 from kernels.jagged import ENOUGH_PROGRAMS
 
 _SLOTS = {64: 6, 128: 3}  # by head width: tiles of each of Q, K, V and dO that shared memory holds
-SHORT = 64  # mean rows of an example up to which narrow heads are left to others
+SHORT_ROWS = 64  # mean rows of an example up to which narrow heads are left to others
 REGISTERS = 248  # of a thread of the group that makes dK and dV; the other group gets what is left
 
 
@@ -21,7 +21,7 @@ def window_slots(dtype: torch.dtype, width: int, programs: int, short: bool, win
     """Tiles on chip; None: the tiles that one tile's window meets do not fit, or the kernel cannot take the problem.
 
     Programs are (example, head) pairs: each walks all tiles of its own, so that few leave the card idle. `short`: an
-    example has at most SHORT rows in the mean.
+    example has at most SHORT_ROWS rows in the mean.
     """
     if window is None or dtype not in (torch.bfloat16, torch.float16) or programs < ENOUGH_PROGRAMS:
         return None

@@ -21,7 +21,7 @@ from kernels.attention.hopper_backward import _softmax_bwd_hopper_kernel
 from kernels.attention.hopper_forward import _softmax_fwd_hopper_kernel
 from kernels.attention.hopper_seeds import seeds_rings
 from kernels.attention.hopper_seeds_backward import _seeds_bwd_hopper_kernel
-from kernels.gdpa.hopper import hopper_rings, hopper_tiles
+from kernels.gdpa.hopper import hopper_rings, hopper_tiles, key_parts
 from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
 from kernels.gdpa.hopper_forward import _gdpa_fwd_hopper_kernel
 from kernels.gdpa.tiles import Problem
@@ -101,12 +101,12 @@ def compile_forward(width: int, keys: int | None, window: int | None, activation
 
 def compile_backward(width: int, keys: int | None, activation: str) -> str:
     """PTX of GDPA's backward kernel."""
-    rings = hopper_rings(Problem(torch.bfloat16, 512, 4, width, 300_000, keys, None))
+    problem = Problem(torch.bfloat16, 512, 4, width, 300_000, keys, None)
+    rings = hopper_rings(problem)
     assert rings is not None
     constants = {
         "D": width, "SLOTS": rings.slots, "SWAPS": rings.swaps, "PLACES": rings.places,
-        "PARTS": 2 if (width, keys) == (128, 256) else 1, "JAGGED": keys is None, "ACTIVATION": activation,
-        "APPROX": True,
+        "PARTS": key_parts(problem), "JAGGED": keys is None, "ACTIVATION": activation, "APPROX": True,
     }  # fmt: skip
     described = dict.fromkeys(("q", "k", "v", "do", "dk", "dv"), descriptor(ROWS, width))
     return build(_gdpa_bwd_hopper_kernel, described | {"dq": descriptor(ROWS, width // 2)}, constants)

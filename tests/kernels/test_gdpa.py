@@ -142,6 +142,7 @@ def test_low_precision_is_computed_in_float32() -> None:
         ({"activation": ["relu"]}, "1 activations for 2 heads"),
         ({"window": 2}, "needs jagged keys"),
         ({"q_offsets": torch.tensor([0, 3])}, "int32"),
+        ({"q_offsets": torch.tensor([[0, 0], [3, 0]], dtype=torch.int32)[:, 0]}, "contiguous"),
         ({"q_offsets": torch.tensor([0, 9], dtype=torch.int32)}, "number of rows"),
         ({"q_offsets": torch.tensor([0, 2, 1, 3], dtype=torch.int32)}, "must rise"),
         ({"k": torch.zeros(1, NUM_KV, HEADS, WIDTH + 1)}, "k and v must be"),

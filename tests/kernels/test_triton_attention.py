@@ -11,6 +11,7 @@ from triton_cases import BOUNDS, DEVICE, FLOAT64_PRODUCTS, LOW, check, poisoned
 from kernels.attention import launch
 from kernels.attention.hopper import backward_tiles
 from kernels.attention.launch import seed_attention_triton, window_attention_triton
+from kernels.hopper import is_hopper
 from kernels.seed_attention.reference import seed_attention_reference
 from kernels.window_attention.reference import window_attention_reference
 
@@ -78,8 +79,40 @@ def test_what_the_hopper_kernels_refuse_is_left_to_triton(seeds: int | None, mon
     monkeypatch.setattr(launch, "forward_on_hopper", refuse)
     monkeypatch.setattr(launch, "backward_on_hopper", refuse)
     monkeypatch.setattr(launch, "window_on_hopper", refuse)
+    monkeypatch.setattr(launch, "takes_seeds", lambda *_: True)
+    monkeypatch.setattr(launch, "seeds_backward_on_hopper", lambda *_: asked.append(True))
     compare([65, 70], seeds=seeds, window=None if seeds else 5, width=64, dtype=LOW)
-    assert len(asked) == (2 if seeds else 3)
+    assert len(asked) == 3
+
+
+@pytest.mark.skipif(not is_hopper(DEVICE), reason="runs on Hopper alone")
+@pytest.mark.parametrize(
+    ("width", "window", "seeds"),
+    [
+        (64, 0, None),
+        (64, 128, None),
+        (128, 1, None),
+        (128, 64, None),
+        (64, None, 65),
+        (128, None, 129),
+        (128, None, 300),
+    ],
+)
+def test_backward_kernels_of_hopper(
+    width: int, window: int | None, seeds: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, taken = "seeds_backward_on_hopper" if seeds else "window_on_hopper", []
+    real = getattr(launch, name)
+
+    def spied(*args: object) -> object:
+        taken.append(real(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(launch, name, spied)
+    compare([0, 1, 63, 64, 65, 130, 257, 3] * 22, seeds=seeds, window=window, width=width, dtype=LOW)  # 528 programs
+    assert len(taken) == 1
+    assert taken[0] is not None
+    assert taken[0] is not False
 
 
 @pytest.mark.parametrize("width", [4, 24, 64, 128])
