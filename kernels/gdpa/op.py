@@ -48,7 +48,9 @@ def gdpa(
         q_offsets: int32 [B + 1]; the rows of example b are q_offsets[b] : q_offsets[b + 1].
         k: keys, dense [B, N, H, D], or jagged [S, H, D] with `kv_offsets`.
         v: values, of k's shape.
-        kv_offsets: int32 [B + 1] of jagged keys and values. Default: None, dense.
+        kv_offsets:
+            int32 [B + 1] of jagged keys and values. For self-attention pass `q_offsets` itself, not a copy: some
+            kernels are for that alone. Default: None, dense.
         activation: one of ACTIVATIONS, or one per head. Default: "gelu_tanh".
         inner_scale: factor inside the activation. Default: None, 1 / sqrt(D).
         outer_scale: factor after the activation. Default: 1.
