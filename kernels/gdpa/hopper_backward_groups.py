@@ -107,6 +107,20 @@ def _keep_dq(dq, base, dq_MD, staged, first, column, m, num_q, adds, stride: gl.
 
 
 @gluon.jit
+def _keep_dk_dv(dk, dv, dk_ND, dv_ND, own_k, own_v, kv_first, n, h, own_free, t, stride: gl.constexpr):
+    """Store whole tiles through the places of this group's keys and values, once the other group is done with the keys
+    after all query tiles before t."""
+    SWAPS: gl.constexpr = own_free.shape[0]
+    own_v.store(dv_ND.to(own_v.dtype))
+    hopper.fence_async_shared()
+    store(dv, [kv_first + n, h * stride], own_v)
+    mbarrier.wait(own_free.index((t - 1) % SWAPS), (t - 1) // SWAPS & 1)
+    own_k.store(dk_ND.to(own_k.dtype))
+    hopper.fence_async_shared()
+    store(dk, [kv_first + n, h * stride], own_k)
+
+
+@gluon.jit
 def narrow_group(
     grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr,
@@ -221,16 +235,9 @@ def narrow_group(
                 dk_ND = dk_ND * ds_factor
                 dv_ND = dv_ND * p_factor
             if (own_n + 64 <= length) & (num_q > 0):
-                # Through the places of this group's values and keys, once the other group is done with the keys.
                 at = pair % PLACES
                 own_k, own_v = k_tiles.index(2 * at + GROUP), v_tiles.index(2 * at + GROUP)
-                own_v.store(dv_ND.to(TYPE))
-                hopper.fence_async_shared()
-                store(dv, [kv_first + own_n, h * stride_gh], own_v)
-                mbarrier.wait(own_free.index((t - 1) % SWAPS), (t - 1) // SWAPS & 1)
-                own_k.store(dk_ND.to(TYPE))
-                hopper.fence_async_shared()
-                store(dk, [kv_first + own_n, h * stride_gh], own_k)
+                _keep_dk_dv(dk, dv, dk_ND, dv_ND, own_k, own_v, kv_first, own_n, h, own_free, t, stride_gh)
             else:
                 store_rows(dk_pointer + key_base, dk_ND, own_n, length, stride_gt, G_LAYOUT)
                 store_rows(dv_pointer + key_base, dv_ND, own_n, length, stride_gt, G_LAYOUT)
@@ -339,15 +346,8 @@ def wide_group(
                 dk_ND = dk_ND * ds_factor
                 dv_ND = dv_ND * p_factor
             if (own_n + 64 <= length) & (num_q > 0):
-                # Through the places of this group's values and keys, once the other group is done with the keys.
                 own_k, own_v = k_tiles.index(GROUP), v_tiles.index(GROUP)
-                own_v.store(dv_ND.to(TYPE))
-                hopper.fence_async_shared()
-                store(dv, [kv_first + own_n, h * stride_gh], own_v)
-                mbarrier.wait(own_free.index((t - 1) % SWAPS), (t - 1) // SWAPS & 1)
-                own_k.store(dk_ND.to(TYPE))
-                hopper.fence_async_shared()
-                store(dk, [kv_first + own_n, h * stride_gh], own_k)
+                _keep_dk_dv(dk, dv, dk_ND, dv_ND, own_k, own_v, kv_first, own_n, h, own_free, t, stride_gh)
             else:
                 store_rows(dk_pointer + key_base, dk_ND, own_n, length, stride_gt, G_LAYOUT)
                 store_rows(dv_pointer + key_base, dv_ND, own_n, length, stride_gt, G_LAYOUT)
