@@ -200,22 +200,16 @@ def assemble(ptx: str) -> str:
 
 
 if __name__ == "__main__":
-    for case in CASES:
-        print("case", *case)
-        print(assemble(compile_forward(*case)), flush=True)
-    for backward_case in BACKWARD_CASES:
-        print("case backward", *backward_case)
-        print(assemble(compile_backward(*backward_case)), flush=True)
-    for block_case in BLOCK_CASES:
-        print("case block", *block_case)
-        print(assemble(compile_block(*block_case)), flush=True)
-    for softmax_case in SOFTMAX_CASES:
-        for name, ptx in compile_softmax(*softmax_case).items():
-            print("case softmax", name, *softmax_case)
-            print(assemble(ptx), flush=True)
-    for seeds_case in SEEDS_CASES:
-        print("case seeds backward", *seeds_case)
-        print(assemble(compile_seeds(*seeds_case)), flush=True)
-    for window_case in WINDOW_CASES:
-        print("case window backward", *window_case)
-        print(assemble(compile_window_backward(*window_case)), flush=True)
+    for kind, cases, compiled in (
+        ("", CASES, compile_forward),
+        ("backward", BACKWARD_CASES, compile_backward),
+        ("block", BLOCK_CASES, compile_block),
+        ("softmax", SOFTMAX_CASES, compile_softmax),
+        ("seeds backward", SEEDS_CASES, compile_seeds),
+        ("window backward", WINDOW_CASES, compile_window_backward),
+    ):
+        for case in cases:
+            ptx = compiled(*case)
+            for name, text in ptx.items() if isinstance(ptx, dict) else [("", ptx)]:
+                print("case", *f"{kind} {name}".split(), *case)
+                print(assemble(text), flush=True)
