@@ -42,10 +42,10 @@ def forward_tiles(s: Tensor, k: Tensor, activation: str) -> BlockTiles | None:
 
 
 def forward_on_hopper(
-    s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, out: Tensor, rms: Tensor,
+    s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, out: Tensor, norms: Tensor,
     activation: str, inner: float, outer: float,
 ) -> bool:  # fmt: skip
-    """Fill out and each row's 1 / root mean square. False, with nothing done, where three kernels are faster, or a
+    """Fill out and what backward needs of each row. False, with nothing done, where three kernels are faster, or a
     tensor's layout forbids it."""
     tiles = forward_tiles(s, k, activation)
     if tiles is None:
@@ -62,7 +62,7 @@ def forward_on_hopper(
     boxes = torch.zeros(teams * ring.groups * 3 * _TURNS * ROWS * num_heads + 1, dtype=torch.int64, device=s.device)
     launch(
         _gdpa_block_fwd_hopper_kernel, (teams * num_heads,),
-        *engine, out, rms, offsets, boxes[-1:].view(torch.int32), boxes, num_rows, k.shape[0], k.shape[1], teams,
+        *engine, out, norms, offsets, boxes[-1:].view(torch.int32), boxes, num_rows, k.shape[0], k.shape[1], teams,
         inner, outer,
         D=width, H=num_heads, BLOCK_N=ring.block_n, SLOTS=ring.slots, S_SLOTS=tiles.queries, REGISTERS=ring.registers,
         ACTIVATION=activation.split(",")[0], APPROX=True, num_warps=4,

@@ -117,8 +117,16 @@ def _mean_and_rstd(sum_MH, squares_MH, D: gl.constexpr, H: gl.constexpr):
 
 
 @gluon.jit
+def _keep_norm(norms, x_M, WHICH: gl.constexpr, row, m, left, h, H: gl.constexpr):
+    """A number of each row for backward, by one program of the team; the tile's first row is row + m."""
+    if h == WHICH % H:
+        m_M = m + gl.arange(0, ROWS, x_M.type.layout)
+        gl.store(norms + (row + m_M).to(gl.int64) * 3 + WHICH, x_M, mask=m_M < left)
+
+
+@gluon.jit
 def _finish(
-    out, out_pointer, rms, g_MD, squares_MH, s_tile, row, left, h,
+    out, out_pointer, norms, g_MD, squares_MH, s_tile, row, left, h,
     D: gl.constexpr, H: gl.constexpr, GROUP: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """RMSNorm and the outer residual of a tile, stored from the place of S; none if no rows are left."""
@@ -133,14 +141,12 @@ def _finish(
         store(out, [row + m, h * D], s_tile)
     else:
         store_rows(out_pointer + row.to(gl.int64) * W + h * D, out_MD, m, left, W, LAYOUT)
-    if h == 0:
-        r_M = m + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        gl.store(rms + row + r_M, rms_M, mask=r_M < left)
+    _keep_norm(norms, rms_M, 2, row, m, left, h, H)
 
 
 @gluon.jit
 def _consume(
-    out, out_pointer, rms, num_kv, inner, outer, h, boxes, tiles, barriers, news,
+    out, out_pointer, norms, num_kv, inner, outer, h, boxes, tiles, barriers, news,
     D: gl.constexpr, H: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
     ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
@@ -169,11 +175,13 @@ def _consume(
         s_tile, before = s_tiles.index(place), s_tiles.index(slot_before * GROUPS + GROUP)
         _post_sums(sums_box, zero, h, tile, s_tile, s_full.index(place), tile // S_SLOTS & 1, D, H, O_LAYOUT)
         squares_MH = read(squares_box, row_before >> 31, tile - 1, H)
-        _finish(out, out_pointer, rms, g_MD, squares_MH, before, row_before, left_before, h, D, H, GROUP, O_LAYOUT)
+        _finish(out, out_pointer, norms, g_MD, squares_MH, before, row_before, left_before, h, D, H, GROUP, O_LAYOUT)
         sum_MH, around_MH = read_pair(sums_box, zero, tile, H)
         mean_M, rstd_M = _mean_and_rstd(sum_MH, around_MH, D, H)
         scale_M, shift_M = gl.convert_layout(rstd_M, ROW_LAYOUT), gl.convert_layout(mean_M * rstd_M, ROW_LAYOUT)
         o_MD = s_tile.load(O_LAYOUT).to(gl.float32) * scale_M[:, None] - shift_M[:, None]
+        _keep_norm(norms, mean_M, 0, row, GROUP * ROWS + zero, left, h, H)
+        _keep_norm(norms, rstd_M, 1, row, GROUP * ROWS + zero, left, h, H)
         queries.store(o_MD.to(TYPE))
         hopper.fence_async_shared()
         all_warps()
@@ -209,13 +217,13 @@ def _consume(
         row, left = take(news, tile, 2)
     last = s_tiles.index((tile + S_SLOTS - 1) % S_SLOTS * GROUPS + GROUP)
     squares_MH = read(squares_box, row_before >> 31, tile - 1, H)
-    _finish(out, out_pointer, rms, g_MD, squares_MH, last, row_before, left_before, h, D, H, GROUP, O_LAYOUT)
+    _finish(out, out_pointer, norms, g_MD, squares_MH, last, row_before, left_before, h, D, H, GROUP, O_LAYOUT)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_examples", "num_teams"])
 def _gdpa_block_fwd_hopper_kernel(
-    s, k, v, out, out_pointer, rms, offsets, tickets, boxes, num_rows, num_examples, num_kv, num_teams,
+    s, k, v, out, out_pointer, norms, offsets, tickets, boxes, num_rows, num_examples, num_kv, num_teams,
     inner, outer,
     D: gl.constexpr, H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, S_SLOTS: gl.constexpr,
     REGISTERS: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
@@ -245,9 +253,9 @@ def _gdpa_block_fwd_hopper_kernel(
     own = boxes + team * (GROUPS * 3 * BOX)
     gl.warp_specialize(
         [
-            (_consume, (out, out_pointer, rms, num_kv, inner, outer, h, (own, own + 2 * BOX),
+            (_consume, (out, out_pointer, norms, num_kv, inner, outer, h, (own, own + 2 * BOX),
                         tiles, barriers, news, D, H, 0, GROUPS, ACTIVATION, APPROX)),
-            (_consume, (out, out_pointer, rms, num_kv, inner, outer, h, (own + 3 * BOX, own + 5 * BOX),
+            (_consume, (out, out_pointer, norms, num_kv, inner, outer, h, (own + 3 * BOX, own + 5 * BOX),
                         tiles, barriers, news, D, H, 1, GROUPS, ACTIVATION, APPROX)),
             (_produce, (s, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h, tiles, barriers, news,
                         D, GROUPS)),

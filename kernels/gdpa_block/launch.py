@@ -48,34 +48,35 @@ def gdpa_block_triton(
 def forward(
     s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, activation: str, inner: float, outer: float
 ) -> tuple[Tensor, Tensor]:
-    """Output, and each row's 1 / root mean square before the outer residual (T).
+    """Output, and what backward needs of each row (T, 3): mean and 1 / standard deviation of s, 1 / root mean square
+    before the outer residual.
 
     Backward needs these two, s, k and v; nothing else is kept. On Hopper, where that is faster, one kernel does it all,
     with 1.6 MB of words by which heads exchange sums; else it is three, with q and GDPA's result between them.
     """
     s = s.contiguous()
     out = torch.empty_like(s)
-    rms = torch.empty(s.shape[0], dtype=accumulator(s.dtype), device=s.device)
-    if is_hopper(s.device) and forward_on_hopper(s, offsets, k, v, out, rms, activation, inner, outer):
-        return out, rms
+    norms = torch.empty(s.shape[0], 3, dtype=accumulator(s.dtype), device=s.device)
+    if is_hopper(s.device) and forward_on_hopper(s, offsets, k, v, out, norms, activation, inner, outer):
+        return out, norms
     q = torch.empty(s.shape, dtype=k.dtype, device=s.device)
     _launch(triton_kernels._gdpa_block_open_fwd_kernel, s, q)
     attended = gdpa_launch.forward(q, offsets, k, v, None, activation, inner, outer, None)
-    _launch(triton_kernels._gdpa_block_close_fwd_kernel, s, attended, out, rms)
-    return out, rms
+    _launch(triton_kernels._gdpa_block_close_fwd_kernel, s, attended, out, norms)
+    return out, norms
 
 
 def backward(
-    grad: Tensor, s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, out: Tensor, rms: Tensor,
+    grad: Tensor, s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, out: Tensor, norms: Tensor,
     activation: str, inner: float, outer: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dS, dK, dV."""
     s, grad = s.contiguous(), grad.contiguous()
     q, dg = (torch.empty(s.shape, dtype=k.dtype, device=s.device) for _ in range(2))
-    _launch(triton_kernels._gdpa_block_open_bwd_kernel, s, out, grad, rms, q, dg)
+    _launch(triton_kernels._gdpa_block_open_bwd_kernel, s, out, grad, norms, q, dg)
     dq, dk, dv = gdpa_launch.backward(dg, q, offsets, k, v, None, activation, inner, outer, None)
     ds = torch.empty_like(s)
-    _launch(triton_kernels._gdpa_block_close_bwd_kernel, s, out, grad, rms, dq, ds)
+    _launch(triton_kernels._gdpa_block_close_bwd_kernel, s, out, grad, norms, dq, ds)
     return ds, dk, dv
 
 
@@ -98,15 +99,15 @@ def _gdpa_block(
 @_gdpa_block.register_fake
 def _(s: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    return out, torch.empty(s.shape[0], dtype=accumulator(s.dtype), device=s.device)
+    return out, torch.empty(s.shape[0], 3, dtype=accumulator(s.dtype), device=s.device)
 
 
 @torch.library.custom_op("exfm::gdpa_block_backward", mutates_args=())
 def _gdpa_block_backward(
-    grad: Tensor, s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, out: Tensor, rms: Tensor,
+    grad: Tensor, s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, out: Tensor, norms: Tensor,
     activation: str, inner: float, outer: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return backward(grad, s, offsets, k, v, out, rms, activation, inner, outer)
+    return backward(grad, s, offsets, k, v, out, norms, activation, inner, outer)
 
 
 @_gdpa_block_backward.register_fake
@@ -134,8 +135,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        out, rms = forward(*inputs)
-        ctx.save_for_backward(*inputs[:4], out, rms)
+        out, norms = forward(*inputs)
+        ctx.save_for_backward(*inputs[:4], out, norms)
         ctx.options = inputs[4:]
         return out
 

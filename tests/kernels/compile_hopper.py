@@ -178,7 +178,7 @@ def build(kernel: Any, described: dict[str, str], constants: dict[str, Any]) -> 
     types = dict.fromkeys(("out_pointer", "dq_pointer", "dk_pointer", "dv_pointer"), "*bf16")
     types |= dict.fromkeys(("inner", "outer", "scale", "scale_log2"), "fp32")
     types |= dict.fromkeys(("q_offsets", "kv_offsets", "offsets", "before", "counter", "tickets"), "*i32")
-    types |= dict.fromkeys(("lse", "delta", "rms", "shares"), "*fp32") | {"boxes": "*i64"}
+    types |= dict.fromkeys(("lse", "delta", "norms", "shares"), "*fp32") | {"boxes": "*i64"}
     types |= described | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants)
