@@ -41,7 +41,9 @@ def create(settings_file: Path) -> int:
     except ExfmError as error:
         return _failed(error)
     for topic, partitions in partition_counts(kafka).items():
-        Console().print(f"{topic}: there, {partitions} partition(s), on {kafka.bootstrap}", highlight=False)
+        Console().print(
+            f"{topic}: there, {partitions} partition(s), on {kafka.bootstrap}", markup=False, highlight=False
+        )
     return EXIT_OK
 
 
@@ -104,5 +106,5 @@ def offsets(kafka: KafkaConfig, topic: str, count: int, timeout_s: float = TIMEO
 
 
 def _failed(error: ExfmError) -> int:
-    Console(stderr=True).print(f"error: {redact(str(error))}", style="red", highlight=False)
+    Console(stderr=True).print(f"error: {redact(str(error))}", style="red", markup=False, highlight=False)
     return EXIT_FAILED

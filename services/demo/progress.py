@@ -45,7 +45,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print one line above the panel."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Take the panel away."""

@@ -58,7 +58,7 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     for row in rows:
         if "ne_change" in row:
             text = f"NE of {row['portfolio']}, {row['arm']} against {BASE_ARM}: {row['ne_change']}"
-            console.print(text, highlight=False, soft_wrap=True)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print(
         "The brackets are a 95 % interval over paired blocks of 1000 rows of this one stream and seed: it does not "
         "cover the spread between seeds or streams. A portfolio is domain/objective; calibration is sum p / sum y; "

@@ -57,7 +57,7 @@ def run(out: Path, *, device: str = "cpu", speed: str = "max", seed: int = 1, ro
     logs.configure("demo", settings.log.model_copy(update={"file": out / "logs" / "demo.log"}), stderr=False)
     registry = CollectorRegistry()
     context = Context("demo", settings, PrometheusTelemetry(registry), stop_event(), logs.get_logger("demo"))
-    console.print(f"run folder: {out}", highlight=False, soft_wrap=True)
+    console.print(f"run folder: {out}", markup=False, highlight=False, soft_wrap=True)
     return _Demo(context, settings_file, console, started_s).run()
 
 
@@ -198,7 +198,7 @@ class _Demo:
         self._say(f"{wall_s:.0f} s, memory peak {peak_gib:.2f} GiB over all processes")
         self._say(f"{self._out / 'demo-results.json'}  {self._out / 'demo.png'}")
         for problem in problems:
-            self._console.print(f"failed: {problem}", style="red", highlight=False, soft_wrap=True)
+            self._console.print(f"failed: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_FAILED if problems else EXIT_OK
 
     def _say(self, text: str) -> None:
