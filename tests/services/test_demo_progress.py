@@ -14,5 +14,5 @@ from services.status import Collector
 def test_a_line_is_printed_with_the_names_in_its_brackets() -> None:
     printed = io.StringIO()
     collector = cast(Collector, None)  # asked for pictures only
-    Progress(collector, Console(file=printed, width=40)).say("teacher: pip install 'exfm[gpu]' for its kernels on a GPU")
-    assert printed.getvalue() == "teacher: pip install 'exfm[gpu]' for its kernels on a GPU\n"
+    Progress(collector, Console(file=printed, width=40)).say("pip install 'exfm[gpu]' for the teacher's kernels")
+    assert printed.getvalue() == "pip install 'exfm[gpu]' for the teacher's kernels\n"
