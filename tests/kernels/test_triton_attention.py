@@ -23,7 +23,8 @@ HEADS = 3
 def run(function, tensors: list[Tensor], lengths: list[int], **options) -> list[Tensor]:
     """Output and gradients."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    out = function(*leaves, offsets_of(lengths).to(DEVICE), scale=0.4, **options)
+    scale = 1.6 / tensors[0].shape[-1] ** 0.5  # scores are as far apart at every width
+    out = function(*leaves, offsets_of(lengths).to(DEVICE), scale=scale, **options)
     torch.manual_seed(1)
     grad = torch.randn(out.shape, dtype=torch.float64).to(LOW).to(DEVICE, out.dtype)
     return [out, *torch.autograd.grad(out, leaves, grad)]
