@@ -21,7 +21,7 @@ from kernels.hopper_ring import add, all_warps, store, store_rows, take
 
 
 @gluon.jit
-def _activate(s_NM, inner, outer, BARE: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr):
+def activate_or_bare(s_NM, inner, outer, BARE: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr):
     """P and the activation's slope. BARE: without the factors that all have in common."""
     if BARE:
         p_NM, slope_NM = bare_with_slope(s_NM, inner, outer, ACTIVATION, APPROX)
@@ -33,7 +33,7 @@ def _activate(s_NM, inner, outer, BARE: gl.constexpr, ACTIVATION: gl.constexpr, 
 
 
 @gluon.jit
-def _factors(inner, outer, BARE: gl.constexpr, ACTIVATION: gl.constexpr):
+def common_factors(inner, outer, BARE: gl.constexpr, ACTIVATION: gl.constexpr):
     """Of dV, and of dK and dQ."""
     if BARE:
         return slope_factors(inner, outer, ACTIVATION)
@@ -59,10 +59,10 @@ def _real_queries(x_NM, m, num_q, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _zero_rows(tile, n, length):
+def zero_rows(tile, n, length):
     """Zeros past the example's keys: their rows need no masks then but at the stores."""
     D: gl.constexpr = tile.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
     row_N = n + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     tile.store(gl.where((row_N < length)[:, None], tile.load(LAYOUT), 0.0))
 
@@ -73,8 +73,8 @@ def _take_keys(own_k, own_v, full, pair, own_n, length):
     PLACES: gl.constexpr = full.shape[0]
     mbarrier.wait(full.index(pair % PLACES), pair // PLACES & 1)
     if own_n + 64 > length:
-        _zero_rows(own_k, own_n, length)
-        _zero_rows(own_v, own_n, length)
+        zero_rows(own_k, own_n, length)
+        zero_rows(own_v, own_n, length)
         hopper.fence_async_shared()
         all_warps()
 
@@ -144,7 +144,7 @@ def narrow_group(
     G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, G_LAYOUT, 2)
-    p_factor, ds_factor = _factors(inner, outer, BARE, ACTIVATION)
+    p_factor, ds_factor = common_factors(inner, outer, BARE, ACTIVATION)
     staged = dq_tiles.index(GROUP)
     t = 0
     pair = 0
@@ -188,7 +188,7 @@ def narrow_group(
                     q_t, do_t = q_tiles.index(t % SLOTS), do_tiles.index(t % SLOTS)
                     more = m + M < num_q
                     swap, phase = t % SWAPS, t // SWAPS & 1
-                    p_NM, slope_NM = _activate(s_NM, inner, outer, BARE, ACTIVATION, APPROX)
+                    p_NM, slope_NM = activate_or_bare(s_NM, inner, outer, BARE, ACTIVATION, APPROX)
                     p_a = gl.convert_layout(_real_queries(p_NM.to(TYPE), m, num_q, S_LAYOUT), A_LAYOUT)
                     dp_NM, dk_ND, dv_ND, dq_MD, slope_NM, p_a, p_before, ds_a = hopper.warpgroup_mma_wait(
                         0, deps=[dp, dk_sum, dv_sum, dq_sum, slope_NM, p_a, p_before, ds_a]
@@ -272,7 +272,7 @@ def wide_group(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     Q_LAYOUT: gl.constexpr = S_LAYOUT
-    p_factor, ds_factor = _factors(inner, outer, BARE, ACTIVATION)
+    p_factor, ds_factor = common_factors(inner, outer, BARE, ACTIVATION)
     staged = dq_tiles.index(GROUP)
     t = 0
     pair = 0
@@ -307,7 +307,7 @@ def wide_group(
                     q_t, do_t = q_tiles.index(t % SLOTS), do_tiles.index(t % SLOTS)
                     more = m + M < num_q
                     swap, phase = t % SWAPS, t // SWAPS & 1
-                    p_NM, slope_NM = _activate(s_NM, inner, outer, BARE, ACTIVATION, APPROX)
+                    p_NM, slope_NM = activate_or_bare(s_NM, inner, outer, BARE, ACTIVATION, APPROX)
                     p_tiles.index(GROUP).store(_real_queries(p_NM.to(TYPE), m, num_q, S_LAYOUT))
                     hopper.fence_async_shared()
                     dk_ND, dq_MD, slope_NM = hopper.warpgroup_mma_wait(0, deps=[dk_sum, dq_sum, slope_NM])

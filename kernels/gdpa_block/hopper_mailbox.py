@@ -3,9 +3,10 @@
 A word is 64 bits that are written at once, a float32 and the turn it is of: who finds the turn has the number, and no
 fence is needed. Turns follow one another in a ring of TURNS words: everyone reads all of a turn before posting what
 follows from it, so nobody is two turns ahead. `zero` is 0 that changes in a loop for all the compiler knows: addresses
-are then computed where they are used, and take no registers elsewhere.
+are then computed where they are used, and take no registers elsewhere. What is asked for early (`ask`) is on its way
+while other work is done.
 
-Shape letters: M = 64 rows, H heads.
+Shape letters: M = 64 rows, H heads, or more shares of a row, G shares that one program posts.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -30,12 +31,12 @@ _POST_PAIR = gl.constexpr(
 
 
 @gluon.constexpr_function
-def _polling(words, numbers, heads):
+def _polling(words, numbers, heads, is_asked=False):
     """Assembly that reads so many addresses of a thread, with 1 or 2 numbers each, until all have their turns' numbers.
 
-    Operands: the first number of each address, then the second, then addresses and turns. All is asked for before any
-    is looked at; a warp goes on when all its threads are served. In vain, a warp watches only its last row, which is
-    written last: all rows' traffic would fill the L2 cache's lanes.
+    Operands: the first number of each address, then the second, then addresses and turns, and if `is_asked` what was
+    found there before. All is asked for before any is looked at; a warp goes on when all its threads are served. In
+    vain, a warp watches only its last row, which is written last: all rows' traffic would fill the L2 cache's lanes.
     """
     results = words * numbers
     asks, looks, places, watches, sights = [], [], [], [], []
@@ -50,12 +51,14 @@ def _polling(words, numbers, heads):
             places.append(f"mad.wide.u32 a{i}, below, {heads * numbers * 8}, ${results + i};")
             watches.append(f"ld.relaxed.gpu.global.b64 {names[0]}, [a{i}];")
             sights.append(f"mov.b64 {{u, t}}, {names[0]}; setp.eq.and.b32 p, t, {turn}, p;")
+    first = [f"mov.b64 w{i}, ${results + 2 * words + i};" for i in range(results)] if is_asked else asks
     together = "vote.sync.all.pred p, p, 0xffffffff;"
     return " ".join(
         ["{ .reg .pred p, q; .reg .b32 t, u, below, polls;"]
         + [f".reg .b64 w<{results}>, a<{words}>; mov.b32 polls, 0; setp.ne.b32 q, 0, 0;"]
         + ["mov.u32 below, %laneid; shr.u32 below, below, 2; sub.u32 below, 15, below;", *places]
-        + ["again:", *asks, "setp.eq.b32 p, 0, 0;", *looks, "or.pred p, p, q;", together, "@p bra done;"]
+        + [*first, "bra look; again:", *asks, "look: setp.eq.b32 p, 0, 0;", *looks, "or.pred p, p, q;", together]
+        + ["@p bra done;"]
         + ["watch:", *watches, "setp.eq.b32 p, 0, 0;", *sights]
         + [f"add.u32 polls, polls, 1; setp.gt.u32 q, polls, {_MOST_POLLS}; or.pred p, p, q;", together]
         + ["@p bra again; bra watch; done:"]
@@ -65,8 +68,22 @@ def _polling(words, numbers, heads):
 
 
 @gluon.constexpr_function
-def _operands(words, numbers):
-    return ",".join(["=&r"] * (words * numbers) + ["l"] * words + ["r"] * words)
+def _operands(words, numbers, is_asked=False):
+    asked = ["l"] * (words * numbers * is_asked)
+    return ",".join(["=&r"] * (words * numbers) + ["l"] * words + ["r"] * words + asked)
+
+
+@gluon.constexpr_function
+def _asking(words, numbers):
+    """Assembly that reads each address of a thread once, for its first words and then its second ones."""
+    if numbers == 1:
+        return " ".join(f"ld.relaxed.gpu.global.b64 ${i}, [${words + i}];" for i in range(words))
+    return " ".join(f"ld.relaxed.gpu.global.v2.b64 {{${i}, ${words + i}}}, [${2 * words + i}];" for i in range(words))
+
+
+@gluon.constexpr_function
+def _asked(words, numbers):
+    return ",".join(["=&l"] * (words * numbers) + ["l"] * words)
 
 
 @gluon.constexpr_function
@@ -75,17 +92,14 @@ def _padded(heads):
 
 
 @gluon.constexpr_function
-def _layout(heads):
-    """Four threads share a row, as in a product's result, and its heads."""
+def heads_layout(heads, warps):
+    """Of what `read` returns: four threads share a row, as in a product's result, and its heads. Of eight warps, both
+    halves have all rows."""
+    heads = _padded(heads)
     more = [[0, 1 << i] for i in range(2, (heads - 1).bit_length())]
     lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout([[8, 0], *more], lanes, [[16, 0], [32, 0]], [], [64, heads])
-
-
-@gluon.constexpr_function
-def heads_layout(heads):
-    """Of what `read` returns."""
-    return _layout(_padded(heads))
+    of_warps = [[16, 0], [32, 0], [0, 0]][: warps.bit_length() - 1]
+    return gl.DistributedLinearLayout([[8, 0], *more], lanes, of_warps, [], [64, heads])
 
 
 @gluon.jit
@@ -94,33 +108,40 @@ def _place(box, h, turn, row_M, H: gl.constexpr, NUMBERS: gl.constexpr):
 
 
 @gluon.jit
-def post(box, zero, h, turn, x_M, H: gl.constexpr):
-    """Head h's number of each row."""
-    LAYOUT: gl.constexpr = x_M.type.layout
-    place_M = _place(box, h, turn, zero + gl.arange(0, ROWS, LAYOUT), H, 1)
-    turn_M = gl.full([ROWS], 1, gl.int32, LAYOUT) + turn
-    gl.inline_asm_elementwise(
-        _POST, "=r,l,r,r", [place_M.to(gl.int64), x_M.to(gl.int32, bitcast=True), turn_M],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+def _own(box, zero, h, turn, x, H: gl.constexpr, NUMBERS: gl.constexpr):
+    """Places and turns of head h's numbers, (M,) or (M, G)."""
+    LAYOUT: gl.constexpr = x.type.layout
+    if len(x.shape) == 1:
+        place = _place(box, h, turn, zero + gl.arange(0, ROWS, LAYOUT), H, NUMBERS)
+    else:
+        row_M = zero + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+        share_G = h * x.shape[1] + gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
+        place = _place(box, share_G[None, :], turn, row_M[:, None], H, NUMBERS)
+    return place.to(gl.int64), gl.full(x.shape, 1, gl.int32, LAYOUT) + turn
 
 
 @gluon.jit
-def post_pair(box, zero, h, turn, x_M, y_M, H: gl.constexpr):
-    """Head h's two numbers of each row."""
-    LAYOUT: gl.constexpr = x_M.type.layout
-    place_M = _place(box, h, turn, zero + gl.arange(0, ROWS, LAYOUT), H, 2)
-    turn_M = gl.full([ROWS], 1, gl.int32, LAYOUT) + turn
+def post(box, zero, h, turn, x, H: gl.constexpr):
+    """Head h's number of each row; or some, of as many shares each."""
+    place, turns = _own(box, zero, h, turn, x, H, 1)
     gl.inline_asm_elementwise(
-        _POST_PAIR, "=r,l,r,r,r",
-        [place_M.to(gl.int64), x_M.to(gl.int32, bitcast=True), y_M.to(gl.int32, bitcast=True), turn_M],
+        _POST, "=r,l,r,r", [place, x.to(gl.int32, bitcast=True), turns], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def post_pair(box, zero, h, turn, x, y, H: gl.constexpr):
+    """As `post`, two numbers."""
+    place, turns = _own(box, zero, h, turn, x, H, 2)
+    gl.inline_asm_elementwise(
+        _POST_PAIR, "=r,l,r,r,r", [place, x.to(gl.int32, bitcast=True), y.to(gl.int32, bitcast=True), turns],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
 def _places(box, zero, turn, H: gl.constexpr, NUMBERS: gl.constexpr):
-    LAYOUT: gl.constexpr = heads_layout(H)
+    LAYOUT: gl.constexpr = heads_layout(H, gl.num_warps())
     row_M = zero + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     head_H = gl.arange(0, _padded(H), gl.SliceLayout(0, LAYOUT))
     # Padding reads the last head's words.
@@ -152,6 +173,50 @@ def read_pair(box, zero, turn, H: gl.constexpr):
     WORDS: gl.constexpr = _padded(H) // 2
     x_MH, y_MH = gl.inline_asm_elementwise(
         _polling(WORDS, 2, H), _operands(WORDS, 2), [place_MH, turn_MH],
+        dtype=(gl.int32, gl.int32), is_pure=False, pack=WORDS,
+    )  # fmt: skip
+    return _real(x_MH, H), _real(y_MH, H)
+
+
+@gluon.jit
+def ask(box, zero, turn, H: gl.constexpr):
+    """What is there now of all heads' numbers, for `read_asked`; this is not waited for."""
+    place_MH, _ = _places(box, zero, turn, H, 1)
+    WORDS: gl.constexpr = _padded(H) // 2
+    return gl.inline_asm_elementwise(
+        _asking(WORDS, 1), _asked(WORDS, 1), [place_MH], dtype=gl.int64, is_pure=False, pack=WORDS
+    )
+
+
+@gluon.jit
+def ask_pair(box, zero, turn, H: gl.constexpr):
+    """As `ask`, both numbers, for `read_pair_asked`."""
+    place_MH, _ = _places(box, zero, turn, H, 2)
+    WORDS: gl.constexpr = _padded(H) // 2
+    return gl.inline_asm_elementwise(
+        _asking(WORDS, 2), _asked(WORDS, 2), [place_MH], dtype=(gl.int64, gl.int64), is_pure=False, pack=WORDS
+    )
+
+
+@gluon.jit
+def read_asked(asked_MH, box, zero, turn, H: gl.constexpr):
+    """As `read`, after `ask`, if that was early enough at once."""
+    place_MH, turn_MH = _places(box, zero, turn, H, 1)
+    WORDS: gl.constexpr = _padded(H) // 2
+    x_MH = gl.inline_asm_elementwise(
+        _polling(WORDS, 1, H, True), _operands(WORDS, 1, True), [place_MH, turn_MH, asked_MH],
+        dtype=gl.int32, is_pure=False, pack=WORDS,
+    )  # fmt: skip
+    return _real(x_MH, H)
+
+
+@gluon.jit
+def read_pair_asked(asked, box, zero, turn, H: gl.constexpr):
+    """As `read_pair`, after `ask_pair`."""
+    place_MH, turn_MH = _places(box, zero, turn, H, 2)
+    WORDS: gl.constexpr = _padded(H) // 2
+    x_MH, y_MH = gl.inline_asm_elementwise(
+        _polling(WORDS, 2, H, True), _operands(WORDS, 2, True), [place_MH, turn_MH, asked[0], asked[1]],
         dtype=(gl.int32, gl.int32), is_pure=False, pack=WORDS,
     )  # fmt: skip
     return _real(x_MH, H), _real(y_MH, H)

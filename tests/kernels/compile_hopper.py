@@ -25,7 +25,9 @@ from kernels.gdpa.hopper import hopper_rings, hopper_tiles, key_parts
 from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
 from kernels.gdpa.hopper_forward import _gdpa_fwd_hopper_kernel
 from kernels.gdpa.tiles import Problem
+from kernels.gdpa_block.hopper import FEW_PLACES
 from kernels.gdpa_block.hopper import forward_tiles as block_tiles
+from kernels.gdpa_block.hopper_backward_few import _gdpa_block_bwd_few_hopper_kernel
 from kernels.gdpa_block.hopper_forward import _gdpa_block_fwd_hopper_kernel
 from kernels.hopper import ROWS, HopperTiles
 from kernels.window.hopper import REGISTERS, window_slots
@@ -55,6 +57,12 @@ BLOCK_CASES = [  # heads, width, dense keys, activation
     (3, 128, 256, "silu"),
     (8, 128, 64, "identity"),
     (2, 128, 100, "gelu"),
+]
+FEW_CASES = [  # heads, activation
+    (4, "gelu_tanh"),
+    (8, "silu"),
+    (2, "identity"),
+    (3, "gelu"),
 ]
 SOFTMAX_CASES = [  # width, seeds, window
     (64, None, 100),
@@ -126,6 +134,15 @@ def compile_block(heads: int, width: int, keys: int, activation: str) -> str:
     return build(_gdpa_block_fwd_hopper_kernel, {"s": query, "out": query, "k": key, "v": key}, constants)
 
 
+def compile_block_few(heads: int, activation: str) -> str:
+    """PTX of the GDPA block's backward in one kernel, for at most 64 keys."""
+    constants = {
+        "D": 128, "H": heads, "PLACES": FEW_PLACES, "ACTIVATION": activation, "APPROX": True,
+    }  # fmt: skip
+    described = dict.fromkeys(("s", "out", "do", "k", "v", "ds", "dk", "dv"), descriptor(ROWS, 128))
+    return build(_gdpa_block_bwd_few_hopper_kernel, described, constants, warps=8)
+
+
 def ring(width: int, tiles: HopperTiles) -> dict[str, Any]:
     """Constants of kernels that stream keys and values through a ring."""
     return {
@@ -170,19 +187,19 @@ def compile_window_backward(width: int, window: int, activation: str) -> str:
     return build(_window_bwd_hopper_kernel, described, constants)
 
 
-def build(kernel: Any, described: dict[str, str], constants: dict[str, Any]) -> str:
+def build(kernel: Any, described: dict[str, str], constants: dict[str, Any], *, warps: int = 4) -> str:
     """PTX; other arguments are what their names say, strides those of four heads."""
     names = kernel.arg_names
     width = constants["D"]
     constants |= {n: 4 * width if n.endswith("t") else width for n in names if n.startswith("stride_")}
-    types = dict.fromkeys(("out_pointer", "dq_pointer", "dk_pointer", "dv_pointer"), "*bf16")
+    types = dict.fromkeys(("out_pointer", "dq_pointer", "dk_pointer", "dv_pointer", "ds_pointer"), "*bf16")
     types |= dict.fromkeys(("inner", "outer", "scale", "scale_log2"), "fp32")
     types |= dict.fromkeys(("q_offsets", "kv_offsets", "offsets", "before", "counter", "tickets"), "*i32")
     types |= dict.fromkeys(("lse", "delta", "norms", "shares"), "*fp32") | {"boxes": "*i64"}
     types |= described | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
     source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     return str(compiled.asm["ptx"])
 
 
@@ -204,6 +221,7 @@ if __name__ == "__main__":
         ("", CASES, compile_forward),
         ("backward", BACKWARD_CASES, compile_backward),
         ("block", BLOCK_CASES, compile_block),
+        ("block backward, few keys,", FEW_CASES, compile_block_few),
         ("softmax", SOFTMAX_CASES, compile_softmax),
         ("seeds backward", SEEDS_CASES, compile_seeds),
         ("window backward", WINDOW_CASES, compile_window_backward),

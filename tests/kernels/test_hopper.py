@@ -16,6 +16,7 @@ import torch
 from kernels.attention.hopper import backward_tiles, forward_tiles
 from kernels.gdpa.hopper import hopper_rings, hopper_tiles
 from kernels.gdpa.tiles import Problem
+from kernels.gdpa_block.hopper import FEW_PLACES, takes_few_keys
 from kernels.gdpa_block.hopper import forward_tiles as block_tiles
 from kernels.hopper import ROWS, HopperTiles, engine_view, is_hopper
 from kernels.window.hopper import REGISTERS, window_slots
@@ -47,7 +48,7 @@ def test_kernels_compile_without_spills_and_with_products_in_flight() -> None:
     )
     assert report.returncode == 0, report.stderr[-2000:]
     cases = report.stdout.split("case ")[1:]
-    assert len(cases) == 6 + 7 + 4 + 11 + 5 + 5
+    assert len(cases) == 6 + 7 + 4 + 4 + 11 + 5 + 5
     for case in cases:
         assert "serialized" not in case, case
         spilled = int(re.findall(r"(\d+) bytes spill stores", case)[0])
@@ -196,6 +197,15 @@ def test_the_block_is_left_to_three_kernels_where_they_are_faster_or_needed(
     rows: int, heads: int, width: int, keys: int, activation: str
 ) -> None:
     assert block_tiles(*block_inputs(rows, heads, width, keys), activation) is None
+
+
+def test_the_blocks_backward_in_one_kernel_has_all_keys_in_one_tile() -> None:
+    assert takes_few_keys(*block_inputs(300_000, 4, 128, 64), "silu")
+    assert takes_few_keys(*block_inputs(300_000, 4, 128, 33), "silu")
+    assert not takes_few_keys(*block_inputs(300_000, 4, 128, 65), "silu")
+    assert not takes_few_keys(*block_inputs(512 * 100, 8, 128, 64), "silu")
+    query_tiles, key_tiles, scores = 3 * FEW_PLACES * 128, 2 * 2 * 128, 2 * 64
+    assert 2 * ROWS * (query_tiles + key_tiles + scores) + 2048 <= 227 * 1024
 
 
 def test_the_block_in_one_kernel_needs_one_type_of_16_bits() -> None:

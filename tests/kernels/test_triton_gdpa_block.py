@@ -75,6 +75,32 @@ def test_one_kernel_whose_heads_exchange_sums(
     assert taken == [sum(lengths) > 0]
 
 
+@pytest.mark.skipif(not is_hopper(DEVICE), reason="runs on Hopper alone")
+@pytest.mark.parametrize(
+    "lengths",
+    [[0, 1, 63, 64, 65, 0, 130, 1000, 1, 0], [1], [0, 0], [n * 37 % 300 for n in range(300)]],
+    ids=["odd", "one row", "all empty", "many"],
+)
+@pytest.mark.parametrize(("heads", "kv"), [(2, 64), (3, 50), (4, 64), (8, 33)])
+def test_backward_in_one_kernel_with_an_example_a_group(
+    heads: int, kv: int, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def spied(*args: object) -> object:
+        taken.append(hopper.backward_on_hopper(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(launch, "backward_on_hopper", spied)
+    monkeypatch.setattr(hopper, "_ENOUGH_ELEMENTS", 0)
+    monkeypatch.setattr(hopper, "_ENOUGH_QUERIES", 0)
+    compare(lengths, heads=heads, width=128, kv=kv, dtype=LOW)
+    assert [found is not None for found in taken] == [sum(lengths) > 0]
+    tensors = inputs(lengths, heads=heads, width=128, kv=kv, dtype=LOW)
+    first, second = (run(gdpa_block_triton, tensors, lengths) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_no_examples() -> None:
     assert [len(t) for t in run(gdpa_block_triton, inputs([]), [])] == [0, 0, 0, 0]
 
