@@ -28,6 +28,7 @@ _TURNS = 4  # as in the mailbox
 _ENOUGH_ELEMENTS = 2**25  # in all rows; with fewer, teams have few tiles each
 _ENOUGH_QUERIES = 192  # in an example: a team takes 128 rows at a time, whether they are full or not
 FEW_PLACES = 3  # query tiles on chip of the backward for few keys
+_FEW_HEADS = (4,)  # of that backward: those it was measured with, in bf16
 
 
 def forward_tiles(s: Tensor, k: Tensor, activation: str) -> BlockTiles | None:
@@ -72,7 +73,8 @@ def forward_on_hopper(
 
 def takes_few_keys(s: Tensor, k: Tensor, activation: str) -> bool:
     """Backward is faster in one kernel that has an example's keys in one tile of 64."""
-    return forward_tiles(s, k, activation) is not None and k.shape[1] <= ROWS
+    is_measured = k.dtype == torch.bfloat16 and k.shape[2] in _FEW_HEADS
+    return is_measured and k.shape[1] <= ROWS and forward_tiles(s, k, activation) is not None
 
 
 def backward_on_hopper(

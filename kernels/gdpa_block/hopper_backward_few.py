@@ -317,7 +317,7 @@ def _gdpa_block_bwd_few_hopper_kernel(
     D: gl.constexpr, H: gl.constexpr, PLACES: gl.constexpr,
     ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
-    """s to dv are the copy engine's descriptors, of 64 rows and, but for k and v, half of a head's columns.
+    """s to dv are the copy engine's descriptors, of 64 rows.
 
     A program takes its place in a team off `tickets`, as in forward; there must be no more programs than run at once.
     `tickets` (int32) and `boxes` (int64) hold zeros. `num_kv` is at most 64.

@@ -203,7 +203,9 @@ def test_the_blocks_backward_in_one_kernel_has_all_keys_in_one_tile() -> None:
     assert takes_few_keys(*block_inputs(300_000, 4, 128, 64), "silu")
     assert takes_few_keys(*block_inputs(300_000, 4, 128, 33), "silu")
     assert not takes_few_keys(*block_inputs(300_000, 4, 128, 65), "silu")
-    assert not takes_few_keys(*block_inputs(512 * 100, 8, 128, 64), "silu")
+    assert not takes_few_keys(*block_inputs(512 * 100, 4, 128, 64), "silu")
+    assert not takes_few_keys(*block_inputs(300_000, 8, 128, 64), "silu")
+    assert not takes_few_keys(*(x.half() for x in block_inputs(300_000, 4, 128, 64)), "silu")
     query_tiles, key_tiles, scores = 3 * FEW_PLACES * 128, 2 * 2 * 128, 2 * 64
     assert 2 * ROWS * (query_tiles + key_tiles + scores) + 2048 <= 227 * 1024
 
