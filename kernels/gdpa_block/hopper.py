@@ -1,8 +1,9 @@
-"""Launch of the GDPA block's Gluon kernel on Hopper: where it runs, and its tiles."""
+"""Launches of the GDPA block's Gluon kernels on Hopper: where they run, and their tiles."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +20,28 @@ class BlockTiles:
     queries: int
 
 
+@dataclass(frozen=True, slots=True)
+class BackwardTiles:
+    """Query tiles on chip, and registers of a thread of the groups that make products, and of the one that does the
+    rest."""
+
+    places: int
+    registers: int
+    row_registers: int
+
+
 # Where it measured faster than three kernels on an H100.
 _TILES = BlockTiles(HopperTiles(2, 64, 3), 3)
 _WIDTH = 128
 _KEYS = ("64", "128", "256")  # classes
 _HEADS = range(2, 9)  # of a team; of one head, no program waits for another
+_BACKWARD_TILES = BackwardTiles(3, 224, 40)
+_BACKWARD_KEYS = range(65, 129)
+_BACKWARD_HEADS = (4,)  # those that backward was measured with, in bf16
 _TURNS = 4  # as in the mailbox
 _ENOUGH_ELEMENTS = 2**25  # in all rows; with fewer, teams have few tiles each
 _ENOUGH_QUERIES = 192  # in an example: a team takes 128 rows at a time, whether they are full or not
 FEW_PLACES = 3  # query tiles on chip of the backward for few keys
-_FEW_HEADS = (4,)  # of that backward: those it was measured with, in bf16
 
 
 def forward_tiles(s: Tensor, k: Tensor, activation: str) -> BlockTiles | None:
@@ -41,6 +54,22 @@ def forward_tiles(s: Tensor, k: Tensor, activation: str) -> BlockTiles | None:
     alike = s.dtype == k.dtype and len(set(activation.split(","))) == 1
     is_taken = alike and problem.low_precision and num_heads in _HEADS and problem.key_class in _KEYS
     return _TILES if is_taken else None
+
+
+def backward_tiles(s: Tensor, k: Tensor, activation: str) -> BackwardTiles | None:
+    """As `forward_tiles`, for keys that fit two tiles of 64."""
+    is_taken = k.shape[1] in _BACKWARD_KEYS and _is_measured(s, k, activation)
+    return _BACKWARD_TILES if is_taken else None
+
+
+def takes_few_keys(s: Tensor, k: Tensor, activation: str) -> bool:
+    """Backward is faster in one kernel that has an example's keys in one tile of 64."""
+    return k.shape[1] <= ROWS and _is_measured(s, k, activation)
+
+
+def _is_measured(s: Tensor, k: Tensor, activation: str) -> bool:
+    backward_too = k.dtype == torch.bfloat16 and k.shape[2] in _BACKWARD_HEADS
+    return backward_too and forward_tiles(s, k, activation) is not None
 
 
 def forward_on_hopper(
@@ -71,41 +100,44 @@ def forward_on_hopper(
     return True
 
 
-def takes_few_keys(s: Tensor, k: Tensor, activation: str) -> bool:
-    """Backward is faster in one kernel that has an example's keys in one tile of 64."""
-    is_measured = k.dtype == torch.bfloat16 and k.shape[2] in _FEW_HEADS
-    return is_measured and k.shape[1] <= ROWS and forward_tiles(s, k, activation) is not None
-
-
 def backward_on_hopper(
     grad: Tensor, s: Tensor, offsets: Tensor, k: Tensor, v: Tensor, out: Tensor, norms: Tensor,
     activation: str, inner: float, outer: float,
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
-    """dS, dK, dV. None, with nothing done, where three kernels are faster, or a tensor's layout forbids it."""
-    if not takes_few_keys(s, k, activation) or grad.dtype != s.dtype:
+    """dS, dK, dV of a contiguous s and grad. None, with nothing done, where three kernels are faster, or a tensor's
+    layout forbids it."""
+    few, tiles = takes_few_keys(s, k, activation), backward_tiles(s, k, activation)
+    if not (few or tiles) or grad.dtype != s.dtype:
         return None
     num_rows, num_heads, width = s.shape
     k, v = k.contiguous(), v.contiguous()
-    ds, dk, dv = torch.empty_like(s), torch.empty_like(k), torch.empty_like(v)
-    engine = described((s, out, grad, k, v, ds, dk, dv), [ROWS] * 8)
+    grads = torch.empty_like(s), torch.empty_like(k), torch.empty_like(v)
+    engine = described((s, out, grad, k, v, *grads), [ROWS] * 8)
     if engine is None:
         return None
     from kernels.gdpa_block.hopper_backward_few import _gdpa_block_bwd_few_hopper_kernel
+    from kernels.gdpa_block.hopper_backward_many import _gdpa_block_bwd_many_hopper_kernel
     from kernels.launcher import launch
 
-    teams, boxes = _mailboxes(s, 2)
+    teams, boxes = _mailboxes(s, 2 if few else 1)
+    sizes = num_rows, k.shape[0], k.shape[1], teams
+    constants: dict[str, Any] = {"D": width, "H": num_heads, "ACTIVATION": activation.split(",")[0], "APPROX": True}
+    kernel = _gdpa_block_bwd_few_hopper_kernel
+    if tiles is None:
+        constants |= {"PLACES": FEW_PLACES, "num_warps": 8}
+    else:
+        kernel = _gdpa_block_bwd_many_hopper_kernel
+        constants |= {"PLACES": tiles.places, "REGISTERS": tiles.registers, "ROW_REGISTERS": tiles.row_registers}
+        constants["num_warps"] = 4
     launch(
-        _gdpa_block_bwd_few_hopper_kernel, (teams * num_heads,),
-        *engine, ds, dk, dv, norms, offsets, boxes[-1:].view(torch.int32), boxes, num_rows, k.shape[0], k.shape[1],
-        teams, inner, outer,
-        D=width, H=num_heads, PLACES=FEW_PLACES, ACTIVATION=activation.split(",")[0], APPROX=True, num_warps=8,
+        kernel, (teams * num_heads,),
+        *engine, *grads, norms, offsets, boxes[-1:].view(torch.int32), boxes, *sizes, inner, outer, **constants,
     )  # fmt: skip
-    return ds, dk, dv
+    return grads
 
 
-def _mailboxes(s: Tensor, groups: int) -> tuple[int, Tensor]:
-    """Teams of programs, and zeros: for each of a team's groups three words a row, turn and head; the last one for
-    tickets."""
+def _mailboxes(s: Tensor, shares: int) -> tuple[int, Tensor]:
+    """Teams of programs, and zeros: three words a row, turn, head and share of a head; the last one for tickets."""
     teams = multiprocessors(s.device) // s.shape[1]
-    words = teams * groups * 3 * _TURNS * ROWS * s.shape[1] + 1
+    words = teams * shares * 3 * _TURNS * ROWS * s.shape[1] + 1
     return teams, torch.zeros(words, dtype=torch.int64, device=s.device)

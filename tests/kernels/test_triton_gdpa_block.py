@@ -81,7 +81,7 @@ def test_one_kernel_whose_heads_exchange_sums(
     [[0, 1, 63, 64, 65, 0, 130, 1000, 1, 0], [1], [0, 0], [n * 37 % 300 for n in range(300)]],
     ids=["odd", "one row", "all empty", "many"],
 )
-@pytest.mark.parametrize(("heads", "kv"), [(2, 64), (3, 50), (4, 64), (8, 33)])
+@pytest.mark.parametrize(("heads", "kv"), [(2, 64), (3, 50), (4, 64), (8, 33), (2, 128), (3, 100), (4, 65), (8, 128)])
 def test_backward_in_one_kernel_whose_heads_exchange_sums(
     heads: int, kv: int, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +92,7 @@ def test_backward_in_one_kernel_whose_heads_exchange_sums(
         return taken[-1]
 
     monkeypatch.setattr(launch, "backward_on_hopper", spied)
-    monkeypatch.setattr(hopper, "_FEW_HEADS", range(2, 9))
+    monkeypatch.setattr(hopper, "_BACKWARD_HEADS", range(2, 9))
     monkeypatch.setattr(hopper, "_ENOUGH_ELEMENTS", 0)
     monkeypatch.setattr(hopper, "_ENOUGH_QUERIES", 0)
     compare(lengths, heads=heads, width=128, kv=kv, dtype=LOW)
