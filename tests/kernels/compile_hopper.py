@@ -68,8 +68,8 @@ FEW_CASES = [  # heads, activation
 ]
 BLOCK_BACKWARD_CASES = [  # heads, width, dense keys, activation
     (4, 128, 128, "gelu_tanh"),
-    (3, 128, 100, "identity"),
-    (2, 128, 65, "silu"),
+    (4, 128, 100, "identity"),
+    (4, 128, 65, "silu"),
 ]
 SOFTMAX_CASES = [  # width, seeds, window
     (64, None, 100),
