@@ -51,14 +51,14 @@ def _polling(words, numbers, heads, is_asked=False):
             places.append(f"mad.wide.u32 a{i}, below, {heads * numbers * 8}, ${results + i};")
             watches.append(f"ld.relaxed.gpu.global.b64 {names[0]}, [a{i}];")
             sights.append(f"mov.b64 {{u, t}}, {names[0]}; setp.eq.and.b32 p, t, {turn}, p;")
-    first = [f"mov.b64 w{i}, ${results + 2 * words + i};" for i in range(results)] if is_asked else asks
+    asked = [f"mov.b64 w{i}, ${results + 2 * words + i};" for i in range(results)]
+    first, look = ([*asked, "bra look;"], "look: ") if is_asked else ([], "")
     together = "vote.sync.all.pred p, p, 0xffffffff;"
     return " ".join(
         ["{ .reg .pred p, q; .reg .b32 t, u, below, polls;"]
         + [f".reg .b64 w<{results}>, a<{words}>; mov.b32 polls, 0; setp.ne.b32 q, 0, 0;"]
         + ["mov.u32 below, %laneid; shr.u32 below, below, 2; sub.u32 below, 15, below;", *places]
-        + [*first, "bra look; again:", *asks, "look: setp.eq.b32 p, 0, 0;", *looks, "or.pred p, p, q;", together]
-        + ["@p bra done;"]
+        + [*first, "again:", *asks, f"{look}setp.eq.b32 p, 0, 0;", *looks, "or.pred p, p, q;", together, "@p bra done;"]
         + ["watch:", *watches, "setp.eq.b32 p, 0, 0;", *sights]
         + [f"add.u32 polls, polls, 1; setp.gt.u32 q, polls, {_MOST_POLLS}; or.pred p, p, q;", together]
         + ["@p bra again; bra watch; done:"]
