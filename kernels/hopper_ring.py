@@ -77,9 +77,16 @@ def barriers_of(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def news_of(SLOTS: gl.constexpr, WORDS: gl.constexpr, READERS: gl.constexpr):
+    """Shared places for SLOTS announcements of WORDS integers, and for each two barriers: it is there, and all READERS
+    have read it."""
+    places = gl.allocate_shared_memory(gl.int32, [WORDS * SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return places, barriers_of(SLOTS, 1), barriers_of(SLOTS, READERS)
+
+
+@gluon.jit
 def announce(numbers, news, at):
-    """Tell the groups some integers, for the at-th time. news: shared places for some announcements, and for each two
-    barriers: it is there, and all have read it."""
+    """Tell the groups some integers, for the at-th time."""
     places, full, empty = news
     SLOTS: gl.constexpr = full.shape[0]
     WORDS: gl.constexpr = places.shape[0] // SLOTS

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.attention.hopper_seeds_ring import WORDS, M, N, o_tile, produce, share
-from kernels.hopper_ring import add, barriers_of, store, store_rows, take
+from kernels.hopper_ring import add, barriers_of, news_of, store, store_rows, take
 
 
 @gluon.jit
@@ -236,8 +236,7 @@ def _seeds_bwd_hopper_kernel(
         staged = gl.allocate_shared_memory(TYPE, [2, N, D], dv.layout)
         o_tiles = gl.allocate_shared_memory(TYPE, [ALL, M, D], o.layout)
     stats = gl.allocate_shared_memory(gl.float32, [2 * ALL, M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    units = gl.allocate_shared_memory(gl.int32, [2 * WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    units = (units, barriers_of(2, 1), barriers_of(2, 2))
+    units = news_of(2, WORDS, 2)
     q_full, o_full = barriers_of(1, ALL).index(0), barriers_of(1, ALL).index(0)
     q_empty, o_empty = barriers_of(1, 2).index(0), barriers_of(1, 2).index(0)
     do_full, do_empty = barriers_of(DO_PLACES * ALL, 1), barriers_of(DO_PLACES * ALL, 1)

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from kernels.gdpa.hopper_backward_groups import narrow_group, wide_group
 from kernels.gdpa.hopper_backward_units import M, produce
-from kernels.hopper_ring import barriers_of
+from kernels.hopper_ring import barriers_of, news_of
 
 
 @gluon.jit
@@ -57,8 +57,7 @@ def _gdpa_bwd_hopper_kernel(
     if D == 128:
         p_tiles = gl.allocate_shared_memory(TYPE, [2, 64, M], DS_LAYOUT)
     dq_tiles = gl.allocate_shared_memory(TYPE, [2, M, D // 2], dq.layout)
-    places = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    units = (places, barriers_of(2, 1), barriers_of(2, 2))
+    units = news_of(2, 1, 2)
     q_full, do_full, empty = barriers_of(SLOTS, 1), barriers_of(SLOTS, 1), barriers_of(SLOTS, 2)
     barriers = (q_full, do_full, empty, barriers_of(PLACES, 4), barriers_of(PLACES, 2))
     full_0, full_1, free_0, free_1 = (

@@ -68,7 +68,7 @@ def zero_rows(tile, n, length):
 
 
 @gluon.jit
-def _take_keys(own_k, own_v, full, pair, own_n, length):
+def take_keys(own_k, own_v, full, pair, own_n, length):
     """Wait for this group's keys and values."""
     PLACES: gl.constexpr = full.shape[0]
     mbarrier.wait(full.index(pair % PLACES), pair // PLACES & 1)
@@ -173,7 +173,7 @@ def narrow_group(
                 dk_sum, dv_sum = hopper.warpgroup_mma_init(dk_ND), hopper.warpgroup_mma_init(dv_ND)
                 at = pair % PLACES
                 own_k, own_v = k_tiles.index(2 * at + GROUP), v_tiles.index(2 * at + GROUP)
-                _take_keys(own_k, own_v, kv_full, pair, own_n, length)
+                take_keys(own_k, own_v, kv_full, pair, own_n, length)
                 s = _start(own_k, q_tiles, q_full, t, s_NM, True)
                 dp = _start(own_v, do_tiles, do_full, t, dp_NM, True)
                 p_before = p_a
@@ -295,7 +295,7 @@ def wide_group(
                 dq_MD = gl.full([M, HALF], 0.0, gl.float32, Q_LAYOUT)
                 dk_ND, dv_ND, s_NM, dq_MD = hopper.warpgroup_mma_wait(0, deps=[dk_ND, dv_ND, s_NM, dq_MD])
                 dk_sum, dv_sum = hopper.warpgroup_mma_init(dk_ND), hopper.warpgroup_mma_init(dv_ND)
-                _take_keys(k_tiles.index(GROUP), v_tiles.index(GROUP), kv_full, pair, own_n, length)
+                take_keys(k_tiles.index(GROUP), v_tiles.index(GROUP), kv_full, pair, own_n, length)
                 s = _start(k_tiles.index(GROUP), q_tiles, q_full, t, s_NM, True)
                 s_NM = hopper.warpgroup_mma_wait(0, deps=[s])
                 dq_sum = hopper.warpgroup_mma_init(dq_MD)

@@ -40,6 +40,14 @@ def describe(unit, offsets, sizes, PARTS: gl.constexpr, JAGGED: gl.constexpr):
 
 
 @gluon.jit
+def copy_keys(k, v, row, k_column, v_column, full, k_tiles, v_tiles, at):
+    """Start the copies of both groups' keys and values to place `at`."""
+    for c in gl.static_range(2):
+        copy_in(k, row + c * 64, k_column, full.index(at), k_tiles.index(2 * at + c), True)
+        copy_in(v, row + c * 64, v_column, full.index(at), v_tiles.index(2 * at + c), True)
+
+
+@gluon.jit
 def produce(
     q, k, v, do, counter, offsets, sizes, num_units, units, tiles, barriers,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
@@ -62,9 +70,7 @@ def produce(
         for n in range(n_first, n_end, N):
             at = pair % PLACES
             mbarrier.wait(kv_empty.index(at), (pair // PLACES & 1) ^ 1)
-            for c in gl.static_range(2):
-                copy_in(k, kv_first + n + c * 64, h * stride_kh, kv_full.index(at), k_tiles.index(2 * at + c), True)
-                copy_in(v, kv_first + n + c * 64, h * stride_vh, kv_full.index(at), v_tiles.index(2 * at + c), True)
+            copy_keys(k, v, kv_first + n, h * stride_kh, h * stride_vh, kv_full, k_tiles, v_tiles, at)
             pair += 1
             for m in range(0, num_q, M):
                 slot = t % SLOTS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,8 +105,8 @@ def backward_on_hopper(
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     """dS, dK, dV of a contiguous s and grad. None, with nothing done, where three kernels are faster, or a tensor's
     layout forbids it."""
-    few, tiles = takes_few_keys(s, k, activation), backward_tiles(s, k, activation)
-    if not (few or tiles) or grad.dtype != s.dtype:
+    tiles = backward_tiles(s, k, activation)
+    if grad.dtype != s.dtype or not (tiles or takes_few_keys(s, k, activation)):
         return None
     num_rows, num_heads, width = s.shape
     k, v = k.contiguous(), v.contiguous()
@@ -115,23 +114,23 @@ def backward_on_hopper(
     engine = described((s, out, grad, k, v, *grads), [ROWS] * 8)
     if engine is None:
         return None
-    from kernels.gdpa_block.hopper_backward_few import _gdpa_block_bwd_few_hopper_kernel
-    from kernels.gdpa_block.hopper_backward_many import _gdpa_block_bwd_many_hopper_kernel
     from kernels.launcher import launch
 
-    teams, boxes = _mailboxes(s, 2 if few else 1)
-    sizes = num_rows, k.shape[0], k.shape[1], teams
-    constants: dict[str, Any] = {"D": width, "H": num_heads, "ACTIVATION": activation.split(",")[0], "APPROX": True}
-    kernel = _gdpa_block_bwd_few_hopper_kernel
     if tiles is None:
-        constants |= {"PLACES": FEW_PLACES, "num_warps": 8}
+        from kernels.gdpa_block.hopper_backward_few import _gdpa_block_bwd_few_hopper_kernel as kernel
+
+        shares, own = 2, {"PLACES": FEW_PLACES, "num_warps": 8}
     else:
-        kernel = _gdpa_block_bwd_many_hopper_kernel
-        constants |= {"PLACES": tiles.places, "REGISTERS": tiles.registers, "ROW_REGISTERS": tiles.row_registers}
-        constants["num_warps"] = 4
+        from kernels.gdpa_block.hopper_backward_many import _gdpa_block_bwd_many_hopper_kernel as kernel
+
+        registers = {"REGISTERS": tiles.registers, "ROW_REGISTERS": tiles.row_registers}
+        shares, own = 1, {"PLACES": tiles.places, "num_warps": 4, **registers}
+    teams, boxes = _mailboxes(s, shares)
     launch(
         kernel, (teams * num_heads,),
-        *engine, *grads, norms, offsets, boxes[-1:].view(torch.int32), boxes, *sizes, inner, outer, **constants,
+        *engine, *grads, norms, offsets, boxes[-1:].view(torch.int32), boxes,
+        num_rows, k.shape[0], k.shape[1], teams, inner, outer,
+        D=width, H=num_heads, ACTIVATION=activation.split(",")[0], APPROX=True, **own,
     )  # fmt: skip
     return grads
 

@@ -29,7 +29,18 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.gdpa.hopper_backward_groups import activate_or_bare, common_factors, zero_rows
 from kernels.gdpa_block.hopper_mailbox import TURNS, ask, ask_pair, post, post_pair, read_asked, read_pair_asked
-from kernels.hopper_ring import PRODUCER_REGISTERS, ROWS, all_warps, announce, barriers_of, copy_in, store, take
+from kernels.hopper_ring import (
+    PRODUCER_REGISTERS,
+    ROWS,
+    all_warps,
+    announce,
+    barriers_of,
+    copy_in,
+    news_of,
+    store,
+    store_rows,
+    take,
+)
 
 _GROUPS = gl.constexpr(2)  # of four warps; each posts its columns' share of a row's sums
 _NEWS = gl.constexpr(4)  # query tiles that the copying warp tells of ahead
@@ -98,11 +109,8 @@ def _put_out(x, pointer, staged, row, rows, column, W: gl.constexpr):
     else:
         C: gl.constexpr = staged.shape[1]
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [gl.num_warps(), 1], [1, 0])
-        # 0 that changes with the row for all the compiler knows: addresses are computed where they are used.
-        row_M = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) + (row >> 31)
-        column_C = gl.arange(0, C, gl.SliceLayout(0, LAYOUT))
-        place = pointer + row.to(gl.int64) * W + column
-        gl.store(place + (row_M[:, None] * W + column_C[None, :]), staged.load(LAYOUT), mask=(row_M < rows)[:, None])
+        # From 0 that changes with the row for all the compiler knows: addresses are computed where they are used.
+        store_rows(pointer + row.to(gl.int64) * W + column, staged.load(LAYOUT), row >> 31, rows, W, LAYOUT)
 
 
 @gluon.jit
@@ -112,13 +120,11 @@ def _next_tile(dk, dv, num_kv, column, told, news, D: gl.constexpr, W: gl.conste
     told += 1
     while (b >= 0) & (left == 0):
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
-        # Plus 0 that changes for all the compiler knows: addresses are computed where they are used.
-        key_N = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)) + (row >> 31)
-        place_ND = key_N[:, None] * W + gl.arange(0, D, gl.SliceLayout(0, LAYOUT))[None, :]
         base = b.to(gl.int64) * num_kv * W + column
         zero_ND = gl.full([64, D], 0.0, dk.dtype.element_ty, LAYOUT)
-        gl.store(dk + base + place_ND, zero_ND, mask=(key_N < num_kv)[:, None])
-        gl.store(dv + base + place_ND, zero_ND, mask=(key_N < num_kv)[:, None])
+        # From 0 that changes for all the compiler knows: addresses are computed where they are used.
+        store_rows(dk + base, zero_ND, row >> 31, num_kv, W, LAYOUT)
+        store_rows(dv + base, zero_ND, row >> 31, num_kv, W, LAYOUT)
         b, row, left, tile = take(news, told, 4)
         told += 1
     return b, row, left, tile, told
@@ -332,8 +338,7 @@ def _gdpa_block_bwd_few_hopper_kernel(
     v_tiles = gl.allocate_shared_memory(TYPE, [_KV_PLACES, 64, D], v.layout)
     p_tiles = gl.allocate_shared_memory(TYPE, [1, 64, ROWS], P_LAYOUT)
     ds_tiles = gl.allocate_shared_memory(TYPE, [1, 64, ROWS], P_LAYOUT)
-    words = gl.allocate_shared_memory(gl.int32, [4 * _NEWS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    news = (words, barriers_of(_NEWS, 1), barriers_of(_NEWS, 1))
+    news = news_of(_NEWS, 4, 1)
     barriers = (barriers_of(PLACES, 3), barriers_of(PLACES, 1), barriers_of(_KV_PLACES, 2), barriers_of(_KV_PLACES, 1))
     hopper.fence_async_shared()
     tiles = ((s_tiles, out_tiles, do_tiles), k_tiles, v_tiles, (p_tiles, ds_tiles))

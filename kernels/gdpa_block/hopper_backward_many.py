@@ -18,11 +18,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from kernels.gdpa.hopper_backward_groups import _take_keys, activate_or_bare, common_factors
-from kernels.gdpa.hopper_backward_units import M
+from kernels.gdpa.hopper_backward_groups import activate_or_bare, common_factors, take_keys
+from kernels.gdpa.hopper_backward_units import M, copy_keys
 from kernels.gdpa_block.hopper_backward_rows import add_dq, exchange_first, exchange_second, row_group
 from kernels.gdpa_block.hopper_mailbox import TURNS
-from kernels.hopper_ring import all_warps, announce, barriers_of, copy_in, store, store_rows, take
+from kernels.hopper_ring import all_warps, announce, barriers_of, copy_in, news_of, store, store_rows, take
 
 _NEWS = gl.constexpr(3)  # query tiles that the copying warp tells the others about ahead of them
 _READERS = gl.constexpr(6)
@@ -66,9 +66,7 @@ def _copy_next(x, row, column, full, tiles, empty, t):
 def _copy_keys(k, v, row, column, k_tiles, v_tiles, full, empty, pair):
     """Start the copies of an example's keys and values once their places are free."""
     mbarrier.wait(empty.index(0), (pair & 1) ^ 1)
-    for c in gl.static_range(2):
-        copy_in(k, row + c * 64, column, full.index(0), k_tiles.index(c), True)
-        copy_in(v, row + c * 64, column, full.index(0), v_tiles.index(c), True)
+    copy_keys(k, v, row, column, column, full, k_tiles, v_tiles, 0)
 
 
 @gluon.jit
@@ -157,7 +155,7 @@ def _group(
         dq_MD = gl.full([M, HALF], 0.0, gl.float32, Q_LAYOUT)
         # Through a wait: registers of a product must be written before the first one is in flight.
         dk_ND, dv_ND, s_NM, dq_MD = hopper.warpgroup_mma_wait(0, deps=[dk_ND, dv_ND, s_NM, dq_MD])
-        _take_keys(k_tiles.index(GROUP), v_tiles.index(GROUP), kv_full, pair, GROUP * 64, num_kv)
+        take_keys(k_tiles.index(GROUP), v_tiles.index(GROUP), kv_full, pair, GROUP * 64, num_kv)
         if t == 0:
             mbarrier.wait(ready.index(0), 0)
         q_t = q_tiles.index(t % QS)
@@ -240,8 +238,7 @@ def _gdpa_block_bwd_many_hopper_kernel(
     p_tiles = gl.allocate_shared_memory(TYPE, [2, 64, M], SCORES)
     factors = gl.allocate_shared_memory(gl.float32, [4, M], NUMBERS)
     partial = gl.allocate_shared_memory(gl.float32, [4, M], NUMBERS)
-    places = gl.allocate_shared_memory(gl.int32, [3 * _NEWS, 1], NUMBERS)
-    news = (places, barriers_of(_NEWS, 1), barriers_of(_NEWS, _READERS))
+    news = news_of(_NEWS, 3, _READERS)
     full, empty = barriers_of(PLACES, 3), (barriers_of(PLACES - 1, 2), barriers_of(PLACES, 1), barriers_of(PLACES, 1))
     kv_full, kv_empty, ready = barriers_of(1, 4), barriers_of(1, 2), barriers_of(2, 1)
     single, double = barriers_of(4, 1), barriers_of(2, 2)

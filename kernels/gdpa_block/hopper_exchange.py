@@ -15,13 +15,11 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kernels.gdpa_block.hopper_mailbox import TURNS
+from kernels.gdpa_block.hopper_mailbox import MOST_POLLS, TURNS
 from kernels.hopper_ring import ROWS
 
 # A thread has two rows that follow one another: 16 bytes.
 LANES = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))
-# Several seconds; then the numbers are NaN.
-_MOST_POLLS = 1 << 24
 
 _POST = gl.constexpr(
     "{ .reg .b64 word<2>; mov.b64 word0, {$4, $6}; mov.b64 word1, {$5, $6};"
@@ -38,7 +36,7 @@ def _gathering(heads, at_once):
     code += [f"mov.u32 lane, %laneid; mad.wide.s32 a, lane, -16, $2; rem.u32 lane, lane, {heads};"]
     code += [f"mad.wide.u32 a, lane, {8 * 64}, a;"]
     code += [f"watch: ld.relaxed.gpu.global.b64 w0, [a + {8 * 63}]; mov.b64 {{x, t}}, w0; setp.eq.b32 p, t, $4;"]
-    code += [f"add.u32 polls, polls, 1; setp.gt.u32 q, polls, {_MOST_POLLS}; or.pred p, p, q;"]
+    code += [f"add.u32 polls, polls, 1; setp.gt.u32 q, polls, {MOST_POLLS}; or.pred p, p, q;"]
     code += ["vote.sync.all.pred p, p, 0xffffffff; @!p bra watch;"]
     for first in range(0, heads, at_once):
         some = range(min(at_once, heads - first))
@@ -46,7 +44,7 @@ def _gathering(heads, at_once):
         code += [f"ld.relaxed.gpu.global.v2.b64 {{w{2 * i}, w{2 * i + 1}}}, [$2 + {(first + i) * 512}];" for i in some]
         code.append("setp.eq.b32 p, 0, 0;")
         code += [f"mov.b64 {{x, t}}, w{i}; setp.eq.and.b32 p, t, $4, p;" for i in range(2 * len(some))]
-        code.append(f"add.u32 polls, polls, 1; setp.gt.u32 q, polls, {_MOST_POLLS}; or.pred p, p, q;")
+        code.append(f"add.u32 polls, polls, 1; setp.gt.u32 q, polls, {MOST_POLLS}; or.pred p, p, q;")
         code.append(f"vote.sync.all.pred p, p, 0xffffffff; @!p bra again{first};")
         code += [f"mov.b64 {{x, t}}, w{i}; mov.b32 f, x; add.f32 ${i % 2}, ${i % 2}, f;" for i in range(2 * len(some))]
     return " ".join([*code, "@q mov.b32 $0, 0x7fffffff; @q mov.b32 $1, 0x7fffffff; }"])

@@ -28,6 +28,7 @@ from kernels.hopper_ring import (
     announce,
     barriers_of,
     copy_in,
+    news_of,
     start_step,
     store,
     store_rows,
@@ -239,8 +240,7 @@ def _gdpa_block_fwd_hopper_kernel(
     q_tiles = gl.allocate_shared_memory(TYPE, [GROUPS, ROWS, D], s.layout)
     k_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, BLOCK_N, D], k.layout)
     v_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, BLOCK_N, D], k.layout)
-    places = gl.allocate_shared_memory(gl.int32, [2 * _NEWS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    news = (places, barriers_of(_NEWS, 1), barriers_of(_NEWS, GROUPS))
+    news = news_of(_NEWS, 2, GROUPS)
     s_full, s_empty = barriers_of(S_SLOTS * GROUPS, 1), barriers_of(S_SLOTS, GROUPS)
     k_full, v_full, kv_empty = barriers_of(SLOTS, 1), barriers_of(SLOTS, 1), barriers_of(SLOTS, GROUPS)
     hopper.fence_async_shared()

@@ -21,7 +21,7 @@ from kernels.hopper_ring import ROWS
 TURNS = gl.constexpr(4)
 
 # Several seconds; then the numbers are NaN. (With a trap in it ptxas gives the whole function half the registers.)
-_MOST_POLLS = 1 << 24
+MOST_POLLS = 1 << 24
 
 _POST = gl.constexpr("{ .reg .b64 word; mov.b64 word, {$2, $3}; st.relaxed.gpu.global.b64 [$1], word; mov.b32 $0, 0; }")
 _POST_PAIR = gl.constexpr(
@@ -60,7 +60,7 @@ def _polling(words, numbers, heads, is_asked=False):
         + ["mov.u32 below, %laneid; shr.u32 below, below, 2; sub.u32 below, 15, below;", *places]
         + [*first, "again:", *asks, f"{look}setp.eq.b32 p, 0, 0;", *looks, "or.pred p, p, q;", together, "@p bra done;"]
         + ["watch:", *watches, "setp.eq.b32 p, 0, 0;", *sights]
-        + [f"add.u32 polls, polls, 1; setp.gt.u32 q, polls, {_MOST_POLLS}; or.pred p, p, q;", together]
+        + [f"add.u32 polls, polls, 1; setp.gt.u32 q, polls, {MOST_POLLS}; or.pred p, p, q;", together]
         + ["@p bra again; bra watch; done:"]
         + [f"@q mov.b32 ${i}, 0x7fffffff;" for i in range(results)]
         + ["}"]
@@ -92,7 +92,7 @@ def _padded(heads):
 
 
 @gluon.constexpr_function
-def heads_layout(heads, warps):
+def _heads_layout(heads, warps):
     """Of what `read` returns: four threads share a row, as in a product's result, and its heads. Of eight warps, both
     halves have all rows."""
     heads = _padded(heads)
@@ -141,7 +141,7 @@ def post_pair(box, zero, h, turn, x, y, H: gl.constexpr):
 
 @gluon.jit
 def _places(box, zero, turn, H: gl.constexpr, NUMBERS: gl.constexpr):
-    LAYOUT: gl.constexpr = heads_layout(H, gl.num_warps())
+    LAYOUT: gl.constexpr = _heads_layout(H, gl.num_warps())
     row_M = zero + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     head_H = gl.arange(0, _padded(H), gl.SliceLayout(0, LAYOUT))
     # Padding reads the last head's words.

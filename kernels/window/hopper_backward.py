@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.attention.hopper_forward import _is_cut, _visible
 from kernels.gdpa.triton_activations import activate_with_slope
-from kernels.hopper_ring import announce, barriers_of, copy_in, give_back, store_tile, take
+from kernels.hopper_ring import announce, barriers_of, copy_in, give_back, news_of, store_tile, take
 
 _R = gl.constexpr(64)
 
@@ -239,8 +239,7 @@ def _window_bwd_hopper_kernel(
     dk_tile = gl.allocate_shared_memory(TYPE, [_R, D], dk.layout)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [SLOTS, _R], FLAT)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [SLOTS, _R], FLAT)
-    items = gl.allocate_shared_memory(gl.int32, [8, 1], FLAT)
-    news = (items, barriers_of(2, 1), barriers_of(2, 2))
+    news = news_of(2, 4, 2)
     q_full, q_empty = barriers_of(SLOTS, 3 if SOFTMAX else 2), barriers_of(SLOTS, 2)
     k_full, k_empty = barriers_of(SLOTS, 2), barriers_of(SLOTS, 2)
     q_turn, k_turn = barriers_of(1, 1).index(0), barriers_of(1, 1).index(0)
