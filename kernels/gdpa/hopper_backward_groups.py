@@ -63,7 +63,7 @@ def zero_rows(tile, n, length):
     """Zeros past the example's keys: their rows need no masks then but at the stores."""
     D: gl.constexpr = tile.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
-    row_N = n + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    row_N = n + gl.arange(0, tile.shape[0], gl.SliceLayout(1, LAYOUT))
     tile.store(gl.where((row_N < length)[:, None], tile.load(LAYOUT), 0.0))
 
 

@@ -19,28 +19,16 @@ class BlockTiles:
     queries: int
 
 
-@dataclass(frozen=True, slots=True)
-class BackwardTiles:
-    """Query tiles on chip, and registers of a thread of the groups that make products, and of the one that does the
-    rest."""
-
-    places: int
-    registers: int
-    row_registers: int
-
-
 # Where it measured faster than three kernels on an H100.
 _TILES = BlockTiles(HopperTiles(2, 64, 3), 3)
 _WIDTH = 128
 _KEYS = ("64", "128", "256")  # classes
 _HEADS = range(2, 9)  # of a team; of one head, no program waits for another
-_BACKWARD_TILES = BackwardTiles(3, 224, 40)
-_BACKWARD_KEYS = range(65, 129)
 _BACKWARD_HEADS = (4,)  # those that backward was measured with, in bf16
 _TURNS = 4  # as in the mailbox
 _ENOUGH_ELEMENTS = 2**25  # in all rows; with fewer, teams have few tiles each
 _ENOUGH_QUERIES = 192  # in an example: a team takes 128 rows at a time, whether they are full or not
-FEW_PLACES = 3  # query tiles on chip of the backward for few keys
+BACKWARD_PLACES = 3  # query tiles on chip of the backward
 
 
 def forward_tiles(s: Tensor, k: Tensor, activation: str) -> BlockTiles | None:
@@ -55,20 +43,13 @@ def forward_tiles(s: Tensor, k: Tensor, activation: str) -> BlockTiles | None:
     return _TILES if is_taken else None
 
 
-def backward_tiles(s: Tensor, k: Tensor, activation: str) -> BackwardTiles | None:
-    """As `forward_tiles`, for keys that fit two tiles of 64."""
-    is_taken = k.shape[1] in _BACKWARD_KEYS and _is_measured(s, k, activation)
-    return _BACKWARD_TILES if is_taken else None
-
-
-def takes_few_keys(s: Tensor, k: Tensor, activation: str) -> bool:
-    """Backward is faster in one kernel that has an example's keys in one tile of 64."""
-    return k.shape[1] <= ROWS and _is_measured(s, k, activation)
-
-
-def _is_measured(s: Tensor, k: Tensor, activation: str) -> bool:
-    backward_too = k.dtype == torch.bfloat16 and k.shape[2] in _BACKWARD_HEADS
-    return backward_too and forward_tiles(s, k, activation) is not None
+def backward_keys(s: Tensor, k: Tensor, activation: str) -> int | None:
+    """Rows of the tile in which backward has an example's keys; None where three kernels are faster or needed."""
+    keys, num_heads = k.shape[1:3]
+    is_measured = k.dtype == torch.bfloat16 and num_heads in _BACKWARD_HEADS and keys <= 2 * ROWS
+    if not is_measured or forward_tiles(s, k, activation) is None:
+        return None
+    return ROWS if keys <= ROWS else 2 * ROWS
 
 
 def forward_on_hopper(
@@ -105,32 +86,25 @@ def backward_on_hopper(
 ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
     """dS, dK, dV of a contiguous s and grad. None, with nothing done, where three kernels are faster, or a tensor's
     layout forbids it."""
-    tiles = backward_tiles(s, k, activation)
-    if grad.dtype != s.dtype or not (tiles or takes_few_keys(s, k, activation)):
+    block_n = backward_keys(s, k, activation)
+    if grad.dtype != s.dtype or block_n is None:
         return None
     num_rows, num_heads, width = s.shape
     k, v = k.contiguous(), v.contiguous()
     grads = torch.empty_like(s), torch.empty_like(k), torch.empty_like(v)
-    engine = described((s, out, grad, k, v, *grads), [ROWS] * 8)
+    engine = described((s, out, grad, k, v, *grads), (*[ROWS] * 3, block_n, block_n, ROWS, block_n, block_n))
     if engine is None:
         return None
+    from kernels.gdpa_block.hopper_backward import _gdpa_block_bwd_hopper_kernel
     from kernels.launcher import launch
 
-    if tiles is None:
-        from kernels.gdpa_block.hopper_backward_few import _gdpa_block_bwd_few_hopper_kernel as kernel
-
-        shares, own = 2, {"PLACES": FEW_PLACES, "num_warps": 8}
-    else:
-        from kernels.gdpa_block.hopper_backward_many import _gdpa_block_bwd_many_hopper_kernel as kernel
-
-        registers = {"REGISTERS": tiles.registers, "ROW_REGISTERS": tiles.row_registers}
-        shares, own = 1, {"PLACES": tiles.places, "num_warps": 4, **registers}
-    teams, boxes = _mailboxes(s, shares)
+    teams, boxes = _mailboxes(s, 2)
     launch(
-        kernel, (teams * num_heads,),
+        _gdpa_block_bwd_hopper_kernel, (teams * num_heads,),
         *engine, *grads, norms, offsets, boxes[-1:].view(torch.int32), boxes,
         num_rows, k.shape[0], k.shape[1], teams, inner, outer,
-        D=width, H=num_heads, ACTIVATION=activation.split(",")[0], APPROX=True, **own,
+        D=width, H=num_heads, N=block_n, PLACES=BACKWARD_PLACES, ACTIVATION=activation.split(",")[0], APPROX=True,
+        num_warps=8,
     )  # fmt: skip
     return grads
 

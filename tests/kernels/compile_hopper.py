@@ -25,11 +25,9 @@ from kernels.gdpa.hopper import hopper_rings, hopper_tiles, key_parts
 from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
 from kernels.gdpa.hopper_forward import _gdpa_fwd_hopper_kernel
 from kernels.gdpa.tiles import Problem
-from kernels.gdpa_block.hopper import FEW_PLACES
-from kernels.gdpa_block.hopper import backward_tiles as block_backward_tiles
+from kernels.gdpa_block.hopper import BACKWARD_PLACES, backward_keys
 from kernels.gdpa_block.hopper import forward_tiles as block_tiles
-from kernels.gdpa_block.hopper_backward_few import _gdpa_block_bwd_few_hopper_kernel
-from kernels.gdpa_block.hopper_backward_many import _gdpa_block_bwd_many_hopper_kernel
+from kernels.gdpa_block.hopper_backward import _gdpa_block_bwd_hopper_kernel
 from kernels.gdpa_block.hopper_forward import _gdpa_block_fwd_hopper_kernel
 from kernels.hopper import ROWS, HopperTiles
 from kernels.window.hopper import REGISTERS, window_slots
@@ -60,16 +58,12 @@ BLOCK_CASES = [  # heads, width, dense keys, activation
     (8, 128, 64, "identity"),
     (2, 128, 100, "gelu"),
 ]
-FEW_CASES = [  # heads, activation
-    (4, "gelu_tanh"),
-    (8, "silu"),
-    (2, "identity"),
-    (3, "gelu"),
-]
-BLOCK_BACKWARD_CASES = [  # heads, width, dense keys, activation
-    (4, 128, 128, "gelu_tanh"),
-    (4, 128, 100, "identity"),
-    (4, 128, 65, "silu"),
+BLOCK_BACKWARD_CASES = [  # heads, keys, activation
+    (4, 64, "gelu_tanh"),
+    (4, 40, "identity"),
+    (4, 128, "gelu_tanh"),
+    (4, 100, "gelu"),
+    (4, 65, "silu"),
 ]
 SOFTMAX_CASES = [  # width, seeds, window
     (64, None, 100),
@@ -140,31 +134,22 @@ def compile_block(heads: int, width: int, keys: int, activation: str) -> str:
     return build(_gdpa_block_fwd_hopper_kernel, {"s": query, "out": query, "k": key, "v": key}, constants)
 
 
-def compile_block_few(heads: int, activation: str) -> str:
-    """PTX of the GDPA block's backward in one kernel, for at most 64 keys."""
-    constants = {
-        "D": 128, "H": heads, "PLACES": FEW_PLACES, "ACTIVATION": activation, "APPROX": True,
-    }  # fmt: skip
-    described = dict.fromkeys(("s", "out", "do", "k", "v", "ds", "dk", "dv"), descriptor(ROWS, 128))
-    return build(_gdpa_block_bwd_few_hopper_kernel, described, constants, warps=8)
-
-
 def block_tensors(heads: int, width: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
     """S and keys."""
     sequence = torch.empty(300_000, heads, width, dtype=torch.bfloat16, device="meta")
     return sequence, torch.empty(512, keys, heads, width, dtype=torch.bfloat16, device="meta")
 
 
-def compile_block_backward(heads: int, width: int, keys: int, activation: str) -> str:
+def compile_block_backward(heads: int, keys: int, activation: str) -> str:
     """PTX of the GDPA block's backward in one kernel."""
-    tiles = block_backward_tiles(*block_tensors(heads, width, keys), activation)
-    assert tiles is not None
+    block_n = backward_keys(*block_tensors(heads, 128, keys), activation)
+    assert block_n is not None
     constants = {
-        "D": width, "H": heads, "PLACES": tiles.places, "REGISTERS": tiles.registers,
-        "ROW_REGISTERS": tiles.row_registers, "ACTIVATION": activation, "APPROX": True,
+        "D": 128, "H": heads, "N": block_n, "PLACES": BACKWARD_PLACES, "ACTIVATION": activation, "APPROX": True,
     }  # fmt: skip
-    described = dict.fromkeys(("s", "out", "do", "k", "v", "ds", "dk", "dv"), descriptor(ROWS, width))
-    return build(_gdpa_block_bwd_many_hopper_kernel, described, constants)
+    described = dict.fromkeys(("s", "out", "do", "ds"), descriptor(ROWS, 128))
+    described |= dict.fromkeys(("k", "v", "dk", "dv"), descriptor(block_n, 128))
+    return build(_gdpa_block_bwd_hopper_kernel, described, constants, warps=8)
 
 
 def ring(width: int, tiles: HopperTiles) -> dict[str, Any]:
@@ -245,7 +230,6 @@ if __name__ == "__main__":
         ("", CASES, compile_forward),
         ("backward", BACKWARD_CASES, compile_backward),
         ("block", BLOCK_CASES, compile_block),
-        ("block backward, few keys,", FEW_CASES, compile_block_few),
         ("block backward", BLOCK_BACKWARD_CASES, compile_block_backward),
         ("softmax", SOFTMAX_CASES, compile_softmax),
         ("seeds backward", SEEDS_CASES, compile_seeds),

@@ -1,4 +1,4 @@
-"""The GDPA block's backward on Hopper in one kernel, in Gluon, for at most 64 keys: reads S, out and dOut, writes dS.
+"""The GDPA block's backward on Hopper in one kernel, in Gluon, for at most 128 keys: reads S, out and dOut, writes dS.
 
 As in forward (`kernels/gdpa_block/hopper_forward.py`), a program has one head, and a team of programs, one a head,
 takes the same query tiles in step and exchanges what both norms need of a row. With do = dOut and what forward kept of
@@ -7,15 +7,16 @@ a row (mean and rstd of S, rms), its W = H D numbers of all heads give
     q = (S - mean) rstd, unit = out - S, c = sum(do unit) / W, dg = rms (do - c unit);
     dq = dg + GDPA's gradient of q for dg, a = sum(dq) / W, b = sum(dq q) / W, dS = rstd (dq - a - b q) + do.
 
-Eight warps compute, in two groups: each has half of the columns of a head, of query tiles and of dQ, dK and dV, and
-half of the queries of the scores, which are transposed; P and dS are in shared memory for both. They are one partition,
+Eight warps compute, in two groups: each has half of the columns of a head, of query tiles and of dQ. Scores are
+transposed. Of 64 keys a group has half of the queries of the scores and half of the columns of dK and dV, and P and dS
+are in shared memory for both; of 128 it has 64 keys of scores, dK and dV, and P in registers. They are one partition,
 and so run one copy of the code: two partitions of four warps have one each, more than the instruction cache holds, and
 take twice the time. A query tile's place holds S, out and do; there q follows S, dg follows out and is followed by dq,
 dS follows do. Sums are posted long before they are read: the next tile's first ones while the scores of this one are on
 their way, and the tile before is finished while dV, dQ and dK are.
 
-Shape letters: T rows of all examples, H heads, D = 128 head width, M = 64 rows of a query tile, N = 64 keys, G = 2
-groups, W = H D.
+Shape letters: T rows of all examples, H heads, D = 128 head width, M = 64 rows of a query tile, N = 64 or 128 keys,
+G = 2 groups, W = H D.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -44,7 +45,6 @@ from kernels.hopper_ring import (
 
 _GROUPS = gl.constexpr(2)  # of four warps; each posts its columns' share of a row's sums
 _NEWS = gl.constexpr(4)  # query tiles that the copying warp tells of ahead
-_KV_PLACES = gl.constexpr(2)  # examples whose keys and values are on chip
 _PADDING = gl.constexpr(32)  # rows of an example's last tile that are not its own, in the mean
 
 
@@ -64,14 +64,15 @@ def _first_example(share, num_shares, offsets, num_rows, num_examples):
 
 @gluon.jit
 def _produce(
-    s, out, do, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h, tiles, barriers, news,
-    D: gl.constexpr,
+    s, out, do, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h, tiles, barriers, news
 ):  # fmt: skip
     """The warp that has tiles copied: those of the team's examples, one after another."""
     x_tiles, k_tiles, v_tiles, _ = tiles
     s_tiles, out_tiles, do_tiles = x_tiles
     full, empty, kv_full, kv_empty = barriers
     PLACES: gl.constexpr = empty.shape[0]
+    KV_PLACES: gl.constexpr = kv_empty.shape[0]
+    D: gl.constexpr = s_tiles.shape[2]
     begin = _first_example(team, num_teams, offsets, num_rows, num_examples)
     end = _first_example(team + 1, num_teams, offsets, num_rows, num_examples)
     tile = 0
@@ -93,8 +94,8 @@ def _produce(
             told += 1
             tile += 1
             if m == 0:
-                at = items % _KV_PLACES
-                mbarrier.wait(kv_empty.index(at), (items // _KV_PLACES & 1) ^ 1)
+                at = items % KV_PLACES
+                mbarrier.wait(kv_empty.index(at), (items // KV_PLACES & 1) ^ 1)
                 copy_in(k, b * num_kv, h * D, kv_full.index(at), k_tiles.index(at), True)
                 copy_in(v, b * num_kv, h * D, kv_full.index(at), v_tiles.index(at), True)
                 items += 1
@@ -104,7 +105,7 @@ def _produce(
 @gluon.jit
 def _put_out(x, pointer, staged, row, rows, column, W: gl.constexpr):
     """Store a staged tile, or its first rows if it has more, at this row and column of x."""
-    if rows >= ROWS:
+    if rows >= staged.shape[0]:
         store(x, [row, column], staged)
     else:
         C: gl.constexpr = staged.shape[1]
@@ -114,14 +115,14 @@ def _put_out(x, pointer, staged, row, rows, column, W: gl.constexpr):
 
 
 @gluon.jit
-def _next_tile(dk, dv, num_kv, column, told, news, D: gl.constexpr, W: gl.constexpr):
+def _next_tile(dk, dv, num_kv, column, told, news, N: gl.constexpr, D: gl.constexpr, W: gl.constexpr):
     """The next query tile: example, first row, rows left, number. Examples without rows get their zeros."""
     b, row, left, tile = take(news, told, 4)
     told += 1
     while (b >= 0) & (left == 0):
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
         base = b.to(gl.int64) * num_kv * W + column
-        zero_ND = gl.full([64, D], 0.0, dk.dtype.element_ty, LAYOUT)
+        zero_ND = gl.full([N, D], 0.0, dk.dtype.element_ty, LAYOUT)
         # From 0 that changes for all the compiler knows: addresses are computed where they are used.
         store_rows(dk + base, zero_ND, row >> 31, num_kv, W, LAYOUT)
         store_rows(dv + base, zero_ND, row >> 31, num_kv, W, LAYOUT)
@@ -210,12 +211,17 @@ def _consume(
     s_tiles, out_tiles, do_tiles = x_tiles
     p_tiles, ds_tiles = scores
     PLACES: gl.constexpr = full.shape[0]
+    KV_PLACES: gl.constexpr = kv_full.shape[0]
+    N: gl.constexpr = k_tiles.shape[1]
     TYPE: gl.constexpr = k_tiles.dtype
     BARE: gl.constexpr = k_tiles.dtype == gl.bfloat16  # the range of fp16 is small
     W: gl.constexpr = H * D
     SHARES: gl.constexpr = H * _GROUPS  # of a row's sums
+    BY_KEYS: gl.constexpr = N // 64  # groups that share out the keys; or 1, and each has all keys
+    OTHERS: gl.constexpr = _GROUPS // BY_KEYS
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, _GROUPS], [16, D // _GROUPS, 16])
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, _GROUPS], [16, ROWS // _GROUPS, 16])
+    G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * BY_KEYS, OTHERS], [16, D // OTHERS, 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * BY_KEYS, OTHERS], [16, ROWS // OTHERS, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     p_factor, ds_factor = common_factors(inner, outer, BARE, ACTIVATION)
     column = h * D
@@ -223,11 +229,11 @@ def _consume(
     items = 0  # examples so far
     is_first = True
     place_before, row_before, left_before = 0, 0, 0
-    b, row, left, tile, told = _next_tile(dk_pointer, dv_pointer, num_kv, column, 0, news, D, W)
+    b, row, left, tile, told = _next_tile(dk_pointer, dv_pointer, num_kv, column, 0, news, N, D, W)
     mean_M = gl.full([ROWS], 0.0, gl.float32, ROW)
     rstd_M, rms_M, rstd_before_M = mean_M, mean_M, mean_M
-    dk_ND = gl.full([64, D], 0.0, gl.float32, LAYOUT)
-    dv_ND = gl.full([64, D], 0.0, gl.float32, LAYOUT)
+    dk_ND = gl.full([N, D], 0.0, gl.float32, G_LAYOUT)
+    dv_ND = gl.full([N, D], 0.0, gl.float32, G_LAYOUT)
     if b >= 0:
         mean_M, rstd_M, rms_M = _open(norms, first_box, row >> 31, h, 0, row, left, tile, x_tiles, full, SHARES, LAYOUT)
     asked_MH = ask(first_box, row >> 31, 0, SHARES)
@@ -235,26 +241,25 @@ def _consume(
         # 0 that changes with the row for all the compiler knows: addresses are computed where they are used.
         zero = row >> 31
         place = tile % PLACES + zero
-        at = items % _KV_PLACES + zero
+        at = items % KV_PLACES + zero
         k_tile, v_tile = k_tiles.index(at), v_tiles.index(at)
         p_tile, ds_tile = p_tiles.index(zero), ds_tiles.index(zero)
         q_tile, dg_tile = s_tiles.index(place), out_tiles.index(place)
         along_M = gl.convert_layout(gl.sum(read_asked(asked_MH, first_box, zero, turn, SHARES), 1) * (1.0 / W), ROW)
         if is_first:
-            mbarrier.wait(kv_full.index(at), items // _KV_PLACES & 1)
-            if num_kv < 64:
+            mbarrier.wait(kv_full.index(at), items // KV_PLACES & 1)
+            if num_kv < N:
                 zero_rows(k_tile, zero, num_kv)
                 zero_rows(v_tile, zero, num_kv)
         _transform(q_tile, dg_tile, do_tiles.index(place), mean_M, rstd_M, rms_M, along_M, left, LAYOUT)
-        s_NM = gl.full([64, ROWS], 0.0, gl.float32, S_LAYOUT)
-        dp_NM = gl.full([64, ROWS], 0.0, gl.float32, S_LAYOUT)
-        dq_MD = gl.full([ROWS, D], 0.0, gl.float32, LAYOUT)
+        s_NM = gl.full([N, ROWS], 0.0, gl.float32, S_LAYOUT)
+        dp_NM = gl.full([N, ROWS], 0.0, gl.float32, S_LAYOUT)
         # Through a wait: registers of a product must be written before the first one is in flight.
-        s_NM, dp_NM, dq_MD, dk_ND, dv_ND = hopper.warpgroup_mma_wait(0, deps=[s_NM, dp_NM, dq_MD, dk_ND, dv_ND])
+        s_NM, dp_NM, dk_ND, dv_ND = hopper.warpgroup_mma_wait(0, deps=[s_NM, dp_NM, dk_ND, dv_ND])
         s = hopper.warpgroup_mma(k_tile, q_tile.permute((1, 0)), s_NM, use_acc=False, is_async=True)
         dp = hopper.warpgroup_mma(v_tile, dg_tile.permute((1, 0)), dp_NM, use_acc=False, is_async=True)
         b_after, row_after, left_after, tile_after, told = _next_tile(
-            dk_pointer, dv_pointer, num_kv, column, told, news, D, W
+            dk_pointer, dv_pointer, num_kv, column, told, news, N, D, W
         )
         rstd_now_M = rstd_M
         if b_after >= 0:
@@ -264,14 +269,19 @@ def _consume(
             )  # fmt: skip
         s_NM = hopper.warpgroup_mma_wait(1, deps=[s])
         p_NM, slope_NM = activate_or_bare(s_NM, inner, outer, BARE, ACTIVATION, APPROX)
-        p_tile.store(p_NM.to(TYPE))
+        p = p_tile
+        if BY_KEYS > 1:
+            p = gl.convert_layout(p_NM.to(TYPE), gl.DotOperandLayout(0, G_LAYOUT, 2))
+        else:
+            p_tile.store(p_NM.to(TYPE))
         dp_NM, slope_NM = hopper.warpgroup_mma_wait(0, deps=[dp, slope_NM])
         ds_tile.store((slope_NM * dp_NM).to(TYPE))
         asked = ask_pair(second_box, zero, turn - 1, SHARES)
         hopper.fence_async_shared()
         all_warps()
+        dq_MD = gl.full([ROWS, D], 0.0, gl.float32, LAYOUT)
         dq_MD, dk_ND, dv_ND = hopper.warpgroup_mma_wait(0, deps=[dq_MD, dk_ND, dv_ND])
-        dv_sum = hopper.warpgroup_mma(p_tile, dg_tile, dv_ND, use_acc=not is_first, is_async=True)
+        dv_sum = hopper.warpgroup_mma(p, dg_tile, dv_ND, use_acc=not is_first, is_async=True)
         dq_sum = hopper.warpgroup_mma(ds_tile.permute((1, 0)), k_tile, dq_MD, use_acc=False, is_async=True)
         dk_sum = hopper.warpgroup_mma(ds_tile, q_tile, dk_ND, use_acc=not is_first, is_async=True)
         if turn > 0:
@@ -317,29 +327,32 @@ def _consume(
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_examples", "num_kv", "num_teams"])
-def _gdpa_block_bwd_few_hopper_kernel(
+def _gdpa_block_bwd_hopper_kernel(
     s, out, do, k, v, ds, dk, dv, ds_pointer, dk_pointer, dv_pointer, norms, offsets, tickets, boxes,
     num_rows, num_examples, num_kv, num_teams, inner, outer,
-    D: gl.constexpr, H: gl.constexpr, PLACES: gl.constexpr,
+    D: gl.constexpr, H: gl.constexpr, N: gl.constexpr, PLACES: gl.constexpr,
     ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
-    """s to dv are the copy engine's descriptors, of 64 rows.
+    """s to dv are the copy engine's descriptors, of 64 rows, and those of keys of N.
 
     A program takes its place in a team off `tickets`, as in forward; there must be no more programs than run at once.
-    `tickets` (int32) and `boxes` (int64) hold zeros. `num_kv` is at most 64.
+    `tickets` (int32) and `boxes` (int64) hold zeros. `num_kv` is at most N.
     """
     TYPE: gl.constexpr = s.dtype
-    P_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, ROWS], TYPE)
+    KV_PLACES: gl.constexpr = 128 // N
+    P_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, ROWS], TYPE)
     # An allocation a tensor: Triton puts barriers between what touches the same one.
     s_tiles = gl.allocate_shared_memory(TYPE, [PLACES, ROWS, D], s.layout)
     out_tiles = gl.allocate_shared_memory(TYPE, [PLACES, ROWS, D], s.layout)
     do_tiles = gl.allocate_shared_memory(TYPE, [PLACES, ROWS, D], s.layout)
-    k_tiles = gl.allocate_shared_memory(TYPE, [_KV_PLACES, 64, D], k.layout)
-    v_tiles = gl.allocate_shared_memory(TYPE, [_KV_PLACES, 64, D], v.layout)
-    p_tiles = gl.allocate_shared_memory(TYPE, [1, 64, ROWS], P_LAYOUT)
-    ds_tiles = gl.allocate_shared_memory(TYPE, [1, 64, ROWS], P_LAYOUT)
+    k_tiles = gl.allocate_shared_memory(TYPE, [KV_PLACES, N, D], k.layout)
+    v_tiles = gl.allocate_shared_memory(TYPE, [KV_PLACES, N, D], v.layout)
+    ds_tiles = gl.allocate_shared_memory(TYPE, [1, N, ROWS], P_LAYOUT)
+    p_tiles = ds_tiles
+    if N == 64:
+        p_tiles = gl.allocate_shared_memory(TYPE, [1, N, ROWS], P_LAYOUT)
     news = news_of(_NEWS, 4, 1)
-    barriers = (barriers_of(PLACES, 3), barriers_of(PLACES, 1), barriers_of(_KV_PLACES, 2), barriers_of(_KV_PLACES, 1))
+    barriers = (barriers_of(PLACES, 3), barriers_of(PLACES, 1), barriers_of(KV_PLACES, 2), barriers_of(KV_PLACES, 1))
     hopper.fence_async_shared()
     tiles = ((s_tiles, out_tiles, do_tiles), k_tiles, v_tiles, (p_tiles, ds_tiles))
     ticket = gl.atomic_add(tickets, 1)
@@ -352,7 +365,7 @@ def _gdpa_block_bwd_few_hopper_kernel(
             (_consume, (ds, dk, dv, ds_pointer, dk_pointer, dv_pointer, norms, num_kv, inner, outer, h,
                         (second_box + 2 * BOX, second_box), tiles, barriers, news, D, H, ACTIVATION, APPROX)),
             (_produce, (s, out, do, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h, tiles, barriers,
-                        news, D)),
+                        news)),
         ],
         [1], [PRODUCER_REGISTERS],
     )  # fmt: skip
