@@ -52,11 +52,11 @@ def _gdpa_bwd_hopper_kernel(
     do_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, M, D], do.layout)
     k_tiles = gl.allocate_shared_memory(TYPE, [2 * PLACES, 64, D], k.layout)
     v_tiles = gl.allocate_shared_memory(TYPE, [2 * PLACES, 64, D], v.layout)
-    ds_tiles = gl.allocate_shared_memory(TYPE, [2 * SWAPS, 64, M], DS_LAYOUT)
-    p_tiles = ds_tiles
     if D == 128:
-        p_tiles = gl.allocate_shared_memory(TYPE, [2, 64, M], DS_LAYOUT)
-    dq_tiles = gl.allocate_shared_memory(TYPE, [2, M, D // 2], dq.layout)
+        made = gl.allocate_shared_memory(TYPE, [2 * (SWAPS + 2), 64, M], DS_LAYOUT)
+    else:
+        ds_tiles = gl.allocate_shared_memory(TYPE, [2 * SWAPS, 64, M], DS_LAYOUT)
+        made = (ds_tiles, ds_tiles, gl.allocate_shared_memory(TYPE, [2, M, D // 2], dq.layout))
     units = news_of(2, 1, 2)
     q_full, do_full, empty = barriers_of(SLOTS, 1), barriers_of(SLOTS, 1), barriers_of(SLOTS, 2)
     barriers = (q_full, do_full, empty, barriers_of(PLACES, 4), barriers_of(PLACES, 2))
@@ -68,7 +68,6 @@ def _gdpa_bwd_hopper_kernel(
     )
     hopper.fence_async_shared()
     tiles = (q_tiles, do_tiles, k_tiles, v_tiles)
-    made = (ds_tiles, p_tiles, dq_tiles)
     offsets, sizes = (q_offsets, kv_offsets), (num_heads, num_kv, longest)
     grads, pointers = (dq, dk, dv), (dq_pointer, dk_pointer, dv_pointer)
     gl.warp_specialize(
@@ -78,7 +77,7 @@ def _gdpa_bwd_hopper_kernel(
             (_group, (grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers,
                       (full_1, full_0, free_1, free_0), stride_gt, stride_gh, 1, PARTS, JAGGED, ACTIVATION, APPROX)),
             (produce, (q, k, v, do, counter, offsets, sizes, num_units, units, tiles, barriers,
-                       stride_qh, stride_kh, stride_vh, stride_doh, PARTS, JAGGED)),
+                       (full_0, full_1, free_0, free_1), stride_qh, stride_kh, stride_vh, stride_doh, PARTS, JAGGED)),
         ],
         [4, 1],
         [240, 24],

@@ -107,6 +107,14 @@ def _keep_dq(dq, base, dq_MD, staged, first, column, m, num_q, adds, stride: gl.
 
 
 @gluon.jit
+def _keep_whole(x, x_ND, place, row, column):
+    """Store a whole tile through a place in shared memory."""
+    place.store(x_ND.to(place.dtype))
+    hopper.fence_async_shared()
+    store(x, [row, column], place)
+
+
+@gluon.jit
 def _keep_dk_dv(dk, dv, dk_ND, dv_ND, own_k, own_v, kv_first, n, h, own_free, t, stride: gl.constexpr):
     """Store whole tiles through the places of this group's keys and values, once the other group is done with the keys
     after all query tiles before t."""
@@ -256,12 +264,15 @@ def wide_group(
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr,
     PARTS: gl.constexpr, JAGGED: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
-    """D = 128: as `narrow_group`, but P and dS are factors from shared memory, and there is one key tile on chip."""
+    """D = 128: as `narrow_group`, but P and dS are factors from shared memory, and there is one key tile on chip.
+
+    `made` are four places for each group: two for dS, through which dK is stored too, and one for P and one for dQ,
+    through which dV is. So the next keys and values can come in meanwhile.
+    """
     dq, dk, dv = grads
     dq_pointer, dk_pointer, dv_pointer = pointers
     q_tiles, do_tiles, k_tiles, v_tiles = tiles
-    ds_tiles, p_tiles, dq_tiles = made
-    q_full, do_full, empty, kv_full, kv_empty = barriers
+    q_full, do_full, empty, kv_full, _ = barriers
     own_full, other_full, own_free, other_free = exchange
     SLOTS: gl.constexpr = q_tiles.shape[0]
     SWAPS: gl.constexpr = own_full.shape[0]
@@ -273,7 +284,11 @@ def wide_group(
     G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     Q_LAYOUT: gl.constexpr = S_LAYOUT
     p_factor, ds_factor = common_factors(inner, outer, BARE, ACTIVATION)
-    staged = dq_tiles.index(GROUP)
+    gl.static_assert(SWAPS == 2 and SLOTS <= SWAPS + 1)
+    OWN: gl.constexpr = 4 * GROUP
+    OTHER: gl.constexpr = 4 - OWN
+    staged = made.index(OWN + 3)
+    ways_out = made._reinterpret(TYPE, [4, 64, D], k_tiles.type.layout)
     t = 0
     pair = 0
     i = 0
@@ -284,8 +299,6 @@ def wide_group(
         column = h * stride_gh + GROUP * HALF
         key_base = kv_first.to(gl.int64) * stride_gt + h * stride_gh
         for n in range(n_first, n_end, N):
-            if n > n_first:
-                _wait_for_stores()
             own_n = n + GROUP * 64
             adds = n > (-1 if PARTS > 1 else 0)
             dk_ND = gl.full([64, D], 0.0, gl.float32, G_LAYOUT)
@@ -297,6 +310,9 @@ def wide_group(
                 dk_sum, dv_sum = hopper.warpgroup_mma_init(dk_ND), hopper.warpgroup_mma_init(dv_ND)
                 take_keys(k_tiles.index(GROUP), v_tiles.index(GROUP), kv_full, pair, own_n, length)
                 s = _start(k_tiles.index(GROUP), q_tiles, q_full, t, s_NM, True)
+                if n > n_first:
+                    _wait_for_stores()
+                tma.store_wait(0)
                 s_NM = hopper.warpgroup_mma_wait(0, deps=[s])
                 dq_sum = hopper.warpgroup_mma_init(dq_MD)
                 for m in range(0, num_q, M):
@@ -308,7 +324,7 @@ def wide_group(
                     more = m + M < num_q
                     swap, phase = t % SWAPS, t // SWAPS & 1
                     p_NM, slope_NM = activate_or_bare(s_NM, inner, outer, BARE, ACTIVATION, APPROX)
-                    p_tiles.index(GROUP).store(_real_queries(p_NM.to(TYPE), m, num_q, S_LAYOUT))
+                    made.index(OWN + 2).store(_real_queries(p_NM.to(TYPE), m, num_q, S_LAYOUT))
                     hopper.fence_async_shared()
                     dk_ND, dq_MD, slope_NM = hopper.warpgroup_mma_wait(0, deps=[dk_sum, dq_sum, slope_NM])
                     dk_sum = hopper.warpgroup_mma_init(dk_ND)
@@ -317,12 +333,12 @@ def wide_group(
                     # Before its registers are dP's.
                     rounded = hopper.warpgroup_mma_wait(0, deps=[(dq_MD * ds_factor).to(TYPE)])
                     dp = _start(own_v, do_tiles, do_full, t, dq_MD, True)
-                    dv_sum = hopper.warpgroup_mma(p_tiles.index(GROUP + zero), do_t, dv_sum, is_async=True)
+                    dv_sum = hopper.warpgroup_mma(made.index(OWN + 2 + zero), do_t, dv_sum, is_async=True)
                     if m > 0:
                         _keep_dq(dq, dq_base, rounded, staged, first, column, m - M, num_q, adds, stride_gt, Q_LAYOUT)
                     dp_NM, slope_NM = hopper.warpgroup_mma_wait(1, deps=[dp, slope_NM])
                     ds_NM = _real_queries((slope_NM * dp_NM).to(TYPE), m, num_q, S_LAYOUT)
-                    own_ds, other_ds = ds_tiles.index(2 * swap + GROUP), ds_tiles.index(2 * swap + 1 - GROUP)
+                    own_ds, other_ds = made.index(OWN + swap), made.index(OTHER + swap)
                     mbarrier.wait(own_free.index(swap), phase ^ 1)
                     own_ds.store(ds_NM)
                     hopper.fence_async_shared()
@@ -346,14 +362,14 @@ def wide_group(
                 dk_ND = dk_ND * ds_factor
                 dv_ND = dv_ND * p_factor
             if (own_n + 64 <= length) & (num_q > 0):
-                own_k, own_v = k_tiles.index(GROUP), v_tiles.index(GROUP)
-                _keep_dk_dv(dk, dv, dk_ND, dv_ND, own_k, own_v, kv_first, own_n, h, own_free, t, stride_gh)
+                mbarrier.wait(own_free.index((t - 1) % SWAPS), (t - 1) // SWAPS & 1)
+                _keep_whole(dk, dk_ND, ways_out.index(2 * GROUP), kv_first + own_n, h * stride_gh)
+                tma.store_wait(1)  # dQ, of the two that are on their way
+                _keep_whole(dv, dv_ND, ways_out.index(2 * GROUP + 1), kv_first + own_n, h * stride_gh)
             else:
                 store_rows(dk_pointer + key_base, dk_ND, own_n, length, stride_gt, G_LAYOUT)
                 store_rows(dv_pointer + key_base, dv_ND, own_n, length, stride_gt, G_LAYOUT)
             if num_q > 0:
-                tma.store_wait(0)
-                mbarrier.arrive(kv_empty.index(0), count=1)
                 pair += 1
         for m in range(0, gl.where(length > 0, 0, num_q), M):
             store_rows(dq_base, gl.full([M, HALF], 0.0, gl.float32, Q_LAYOUT), m, num_q, stride_gt, Q_LAYOUT)

@@ -48,8 +48,23 @@ def copy_keys(k, v, row, k_column, v_column, full, k_tiles, v_tiles, at):
 
 
 @gluon.jit
+def _copy_both(x, row, column, full, tiles):
+    """Start the copy of a tile of keys or values, both groups'."""
+    for c in gl.static_range(2):
+        copy_in(x, row + c * 64, column, full, tiles.index(c), True)
+
+
+@gluon.jit
+def _wait_for_both(of_0, of_1, t):
+    """For a barrier of each group to complete for query tile t, if there was one. For tile t - SWAPS it must have."""
+    SWAPS: gl.constexpr = of_0.shape[0]
+    mbarrier.wait(of_0.index(gl.maximum(t, 0) % SWAPS), t // SWAPS & 1, pred=t >= 0)
+    mbarrier.wait(of_1.index(gl.maximum(t, 0) % SWAPS), t // SWAPS & 1, pred=t >= 0)
+
+
+@gluon.jit
 def produce(
-    q, k, v, do, counter, offsets, sizes, num_units, units, tiles, barriers,
+    q, k, v, do, counter, offsets, sizes, num_units, units, tiles, barriers, exchange,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
     PARTS: gl.constexpr, JAGGED: gl.constexpr,
 ):  # fmt: skip
@@ -68,16 +83,27 @@ def produce(
         if num_q == 0:
             n_end = n_first
         for n in range(n_first, n_end, N):
-            at = pair % PLACES
-            mbarrier.wait(kv_empty.index(at), (pair // PLACES & 1) ^ 1)
-            copy_keys(k, v, kv_first + n, h * stride_kh, h * stride_vh, kv_full, k_tiles, v_tiles, at)
-            pair += 1
+            before = t - 1
+            if PLACES > 1:
+                at = pair % PLACES
+                mbarrier.wait(kv_empty.index(at), (pair // PLACES & 1) ^ 1)
+                copy_keys(k, v, kv_first + n, h * stride_kh, h * stride_vh, kv_full, k_tiles, v_tiles, at)
+                pair += 1
             for m in range(0, num_q, M):
                 slot = t % SLOTS
                 mbarrier.wait(empty.index(slot), (t // SLOTS & 1) ^ 1)
                 copy_in(q, first + m, h * stride_qh, q_full.index(slot), q_tiles.index(slot), True)
                 copy_in(do, first + m, h * stride_doh, do_full.index(slot), do_tiles.index(slot), True)
                 t += 1
+                if PLACES == 1:  # noqa: SIM102
+                    # After two tiles of queries, whose places are free earlier. V's place is when both groups have left
+                    # dS of the last query tile before, K's when both are done with that. The barriers of two tiles
+                    # earlier are complete: a group arrives there before it frees that tile's place, which is full now.
+                    if m == gl.minimum(M, (num_q - 1) // M * M):
+                        _wait_for_both(exchange[0], exchange[1], before)
+                        _copy_both(v, kv_first + n, h * stride_vh, kv_full.index(0), v_tiles)
+                        _wait_for_both(exchange[2], exchange[3], before)
+                        _copy_both(k, kv_first + n, h * stride_kh, kv_full.index(0), k_tiles)
         # Not earlier: a program that is busy would keep a unit from the others.
         i += 1
         unit = gl.num_programs(0) + gl.atomic_add(counter, 1)
