@@ -38,6 +38,7 @@ def is_hopper(device: torch.device) -> bool:
         return False
     try:
         import kernels.attention.hopper_seeds_ring
+        import kernels.gdpa.hopper_backward_turns
         import kernels.gdpa_block.hopper_mailbox
         import kernels.hopper_ring  # noqa: F401
     except (ImportError, AttributeError):  # experimental: a name of it may be gone in another version

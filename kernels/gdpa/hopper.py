@@ -15,11 +15,13 @@ from kernels.window.hopper import SHORT_ROWS, window_backward_on_hopper, window_
 
 @dataclass(frozen=True, slots=True)
 class HopperRings:
-    """Backward: query tiles on chip, places in which the groups exchange dS, key tiles on chip."""
+    """Backward: query tiles on chip, places in which the groups exchange dS, key tiles on chip, and query tiles of an
+    example whose dQ stays on chip from key tile to key tile (D = 64)."""
 
     slots: int
     swaps: int
     places: int
+    kept: int = 0
 
 
 # By (class of keys, width), where it measured faster than Triton on an H100.
@@ -47,7 +49,7 @@ def hopper_tiles(problem: Problem) -> HopperTiles | None:
 _BACKWARD: dict[tuple[str, bool], HopperRings] = {
     ("128", False): HopperRings(3, 2, 2),
     ("256", False): HopperRings(3, 2, 2),
-    ("long", False): HopperRings(3, 2, 2),
+    ("long", False): HopperRings(3, 2, 2, 8),
     ("128", True): HopperRings(3, 2, 1),
     ("256", True): HopperRings(3, 2, 1),
     ("long", True): HopperRings(3, 2, 1),
@@ -122,7 +124,10 @@ def backward_on_hopper(
     """Fill dQ, dK, dV of examples of at most `longest` keys, of one run of heads of one activation; False, with nothing
     done, where a tensor's layout forbids it."""
     *plain, dq, dk, dv = (*qkvg, *grads)
-    whole, halves = described((*plain, dk, dv), [ROWS] * 6), described([dq], [ROWS], problem.width // 2)
+    whole, halves = (
+        described((*plain, dk, dv), [ROWS] * 6),
+        described([dq], [ROWS], problem.width if rings.kept else problem.width // 2),
+    )
     if whole is None or halves is None:
         return False
     from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
@@ -141,8 +146,8 @@ def backward_on_hopper(
         units, num_heads, problem.dense_keys or 0, longest, inner, outer,
         stride_qh=q.stride(-2), stride_kh=k.stride(-2), stride_vh=v.stride(-2), stride_doh=grad.stride(-2),
         stride_gt=dq.stride(0), stride_gh=dq.stride(1),
-        D=problem.width, SLOTS=rings.slots, SWAPS=rings.swaps, PLACES=rings.places, PARTS=parts,
-        JAGGED=kv_offsets is not None, ACTIVATION=activation, APPROX=True, num_warps=4,
+        D=problem.width, SLOTS=rings.slots, SWAPS=rings.swaps, PLACES=rings.places, KEPT=rings.kept,
+        PARTS=parts, JAGGED=kv_offsets is not None, ACTIVATION=activation, APPROX=True, num_warps=4,
     )  # fmt: skip
     return True
 

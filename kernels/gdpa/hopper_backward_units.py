@@ -66,9 +66,12 @@ def _wait_for_both(of_0, of_1, t):
 def produce(
     q, k, v, do, counter, offsets, sizes, num_units, units, tiles, barriers, exchange,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
-    PARTS: gl.constexpr, JAGGED: gl.constexpr,
+    PARTS: gl.constexpr, JAGGED: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """One warp: hands out units, the next one from a counter, and asks the copy engine for all tiles."""
+    """One warp: hands out units, the next one from a counter, and asks the copy engine for all tiles.
+
+    TURNS: the groups hand query tiles back as `hopper_backward_turns` does.
+    """
     q_tiles, do_tiles, k_tiles, v_tiles = tiles
     q_full, do_full, empty, kv_full, kv_empty = barriers
     SLOTS: gl.constexpr = q_tiles.shape[0]
@@ -91,7 +94,12 @@ def produce(
                 pair += 1
             for m in range(0, num_q, M):
                 slot = t % SLOTS
-                mbarrier.wait(empty.index(slot), (t // SLOTS & 1) ^ 1)
+                if TURNS:
+                    # Free when both groups have written dS of the tile after the one in it.
+                    for group in gl.static_range(2):
+                        mbarrier.wait(empty[group].index((t + 1) % SLOTS), ((t + 1) // SLOTS & 1) ^ 1, pred=t >= SLOTS)
+                else:
+                    mbarrier.wait(empty.index(slot), (t // SLOTS & 1) ^ 1)
                 copy_in(q, first + m, h * stride_qh, q_full.index(slot), q_tiles.index(slot), True)
                 copy_in(do, first + m, h * stride_doh, do_full.index(slot), do_tiles.index(slot), True)
                 t += 1

@@ -114,11 +114,13 @@ def compile_backward(width: int, keys: int | None, activation: str) -> str:
     rings = hopper_rings(problem)
     assert rings is not None
     constants = {
-        "D": width, "SLOTS": rings.slots, "SWAPS": rings.swaps, "PLACES": rings.places,
+        "D": width, "SLOTS": rings.slots, "SWAPS": rings.swaps, "PLACES": rings.places, "KEPT": rings.kept,
         "PARTS": key_parts(problem), "JAGGED": keys is None, "ACTIVATION": activation, "APPROX": True,
     }  # fmt: skip
     described = dict.fromkeys(("q", "k", "v", "do", "dk", "dv"), descriptor(ROWS, width))
-    return build(_gdpa_bwd_hopper_kernel, described | {"dq": descriptor(ROWS, width // 2)}, constants)
+    return build(
+        _gdpa_bwd_hopper_kernel, described | {"dq": descriptor(ROWS, width if rings.kept else width // 2)}, constants
+    )
 
 
 def compile_block(heads: int, width: int, keys: int, activation: str) -> str:

@@ -23,8 +23,9 @@ from kernels.window.hopper import REGISTERS, window_slots
 
 HERE = Path(__file__).parent
 # Bytes that kernels may spill. Backward at D = 128 has all registers taken; it spills outside of its products' loop, or
-# nearly so. The warp that has seeds' tiles copied has 24.
+# nearly so; at D = 64 one register at the start. The warp that has seeds' tiles copied has 24.
 SPILLS = {
+    "backward 64 None": 4,
     "backward 128": 320,
     "block backward": 160,
     "softmax backward 128": 128,
@@ -101,7 +102,7 @@ def test_backward_rings_fit_shared_memory_and_let_the_groups_be_apart(width: int
     rings = hopper_rings(Problem(torch.bfloat16, 700, 3, width, 700 * 256, keys, None))
     assert (rings is None) == (keys == 1)
     if rings is not None:
-        rows = 64 * (2 * rings.slots + 4 * rings.places + 1) * width
+        rows = 64 * (2 * rings.slots + 4 * rings.places + rings.kept + (2 if rings.kept else 1)) * width
         scores = 64 * 64 * (2 * rings.swaps + (2 if width == 128 else 0))
         assert 2 * (rows + scores) + 2048 <= 227 * 1024
         assert rings.swaps == 2
