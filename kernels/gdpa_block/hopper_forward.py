@@ -1,4 +1,4 @@
-"""The GDPA block's forward on Hopper in one kernel, in Gluon: the heads of a row exchange its sums while they work.
+"""The GDPA block's forward on Hopper in one kernel, in Gluon, for at most 64 keys: heads exchange a row's sums.
 
 `kernels/hopper_ring.py` says who does what in a program. Here a program has one head, and a team of programs, one a
 head, takes the same query tiles in step. What both norms need of a row is a few sums over all heads: each program
@@ -40,7 +40,7 @@ _NEWS = gl.constexpr(4)  # query tiles that the copying warp tells the groups ab
 
 
 @gluon.jit
-def _example_of(row, offsets, num_examples):
+def example_of(row, offsets, num_examples):
     """The last example that begins at this row or before."""
     b = num_examples * 0
     after = num_examples
@@ -71,7 +71,7 @@ def _produce(
     end = (num_rows.to(gl.int64) * (team + 1) // num_teams).to(gl.int32)
     tile = 0
     at = 0
-    b = _example_of(begin, offsets, num_examples)
+    b = example_of(begin, offsets, num_examples)
     first = gl.load(offsets + b)
     while first < end:
         after = gl.load(offsets + b + 1)

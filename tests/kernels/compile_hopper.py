@@ -25,10 +25,11 @@ from kernels.gdpa.hopper import hopper_rings, hopper_tiles, key_parts
 from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
 from kernels.gdpa.hopper_forward import _gdpa_fwd_hopper_kernel
 from kernels.gdpa.tiles import Problem
-from kernels.gdpa_block.hopper import BACKWARD_PLACES, backward_keys
+from kernels.gdpa_block.hopper import BACKWARD_PLACES, FewTiles, backward_keys
 from kernels.gdpa_block.hopper import forward_tiles as block_tiles
 from kernels.gdpa_block.hopper_backward import _gdpa_block_bwd_hopper_kernel
 from kernels.gdpa_block.hopper_forward import _gdpa_block_fwd_hopper_kernel
+from kernels.gdpa_block.hopper_forward_many import _gdpa_block_fwd_many_hopper_kernel
 from kernels.hopper import ROWS, HopperTiles
 from kernels.window.hopper import REGISTERS, window_slots
 from kernels.window.hopper_backward import _window_bwd_hopper_kernel
@@ -57,6 +58,8 @@ BLOCK_CASES = [  # heads, width, dense keys, activation
     (3, 128, 256, "silu"),
     (8, 128, 64, "identity"),
     (2, 128, 100, "gelu"),
+    (8, 64, 128, "gelu_tanh"),
+    (4, 64, 64, "silu"),
 ]
 BLOCK_BACKWARD_CASES = [  # heads, keys, activation
     (4, 64, "gelu_tanh"),
@@ -128,12 +131,15 @@ def compile_block(heads: int, width: int, keys: int, activation: str) -> str:
     sequence, k = block_tensors(heads, width, keys)
     tiles = block_tiles(sequence, k, activation)
     assert tiles is not None
-    constants = {
-        "D": width, "BLOCK_N": tiles.ring.block_n, "SLOTS": tiles.ring.slots, "REGISTERS": tiles.ring.registers,
-        "H": heads, "S_SLOTS": tiles.queries, "ACTIVATION": activation, "APPROX": True,
-    }  # fmt: skip
-    query, key = descriptor(ROWS, width), descriptor(tiles.ring.block_n, width)
-    return build(_gdpa_block_fwd_hopper_kernel, {"s": query, "out": query, "k": key, "v": key}, constants)
+    constants = {"D": 128, "H": heads * width // 128, "ACTIVATION": activation, "APPROX": True}
+    if isinstance(tiles, FewTiles):
+        kernel, block_n, warps = _gdpa_block_fwd_hopper_kernel, tiles.ring.block_n, 4
+        own = {"SLOTS": tiles.ring.slots, "REGISTERS": tiles.ring.registers, "S_SLOTS": tiles.queries}
+    else:
+        kernel, block_n, warps = _gdpa_block_fwd_many_hopper_kernel, tiles.block_n, 8
+        own = {"PAIR": width == 64, "PARTS": tiles.parts, "PLACES": tiles.places, "KV_PLACES": tiles.kv_places}
+    described = dict.fromkeys(("s", "out"), descriptor(ROWS, 128)) | dict.fromkeys("kv", descriptor(block_n, 128))
+    return build(kernel, described, constants | own | {"BLOCK_N": block_n}, warps=warps)
 
 
 def block_tensors(heads: int, width: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:

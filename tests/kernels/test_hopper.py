@@ -16,7 +16,7 @@ import torch
 from kernels.attention.hopper import backward_tiles, forward_tiles
 from kernels.gdpa.hopper import hopper_rings, hopper_tiles
 from kernels.gdpa.tiles import Problem
-from kernels.gdpa_block.hopper import BACKWARD_PLACES, backward_keys
+from kernels.gdpa_block.hopper import BACKWARD_PLACES, FewTiles, ManyTiles, backward_keys
 from kernels.gdpa_block.hopper import forward_tiles as block_tiles
 from kernels.hopper import ROWS, HopperTiles, engine_view, is_hopper
 from kernels.window.hopper import REGISTERS, window_slots
@@ -50,7 +50,7 @@ def test_kernels_compile_without_spills_and_with_products_in_flight() -> None:
     )
     assert report.returncode == 0, report.stderr[-2000:]
     cases = report.stdout.split("case ")[1:]
-    assert len(cases) == 6 + 7 + 4 + 5 + 11 + 5 + 5
+    assert len(cases) == 6 + 7 + 6 + 5 + 11 + 5 + 5
     for case in cases:
         assert "serialized" not in case, case
         spilled = int(re.findall(r"(\d+) bytes spill stores", case)[0])
@@ -161,16 +161,26 @@ def block_inputs(rows: int, heads: int, width: int, keys: int) -> list[torch.Ten
     return [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
 
 
-@pytest.mark.parametrize("keys", [40, 128, 256])
-def test_block_tiles_fit_shared_memory_and_registers(keys: int) -> None:
-    tiles = block_tiles(*block_inputs(300_000, 4, 128, keys), "silu")
-    assert tiles is not None
+def test_block_tiles_of_few_keys_fit_shared_memory_and_registers() -> None:
+    tiles = block_tiles(*block_inputs(300_000, 4, 128, 40), "silu")
+    assert isinstance(tiles, FewTiles)
     ring = tiles.ring
     rows = ROWS * ring.groups * (tiles.queries + 1) + 2 * ring.slots * ring.block_n
     assert 2 * 128 * rows + 1024 <= 227 * 1024
     assert 128 * (ring.groups * ring.registers + 24) <= 65536
     assert ring.groups == 2
     assert tiles.queries >= 2
+
+
+@pytest.mark.parametrize(("heads", "width", "keys"), [(4, 128, 128), (4, 128, 256), (8, 64, 64), (4, 64, 128)])
+def test_block_tiles_of_many_keys_fit_shared_memory(heads: int, width: int, keys: int) -> None:
+    tiles = block_tiles(*block_inputs(600_000, heads, width, keys), "silu")
+    assert isinstance(tiles, ManyTiles)
+    key_rows = tiles.block_n * tiles.parts
+    assert keys <= key_rows
+    scores = ROWS * key_rows * (128 // width)
+    assert 2 * (128 * (ROWS * tiles.places + 2 * key_rows * tiles.kv_places) + scores) + 1024 <= 227 * 1024
+    assert tiles.places >= 3  # a tile is opened while the one before last is on its way out
 
 
 @pytest.mark.parametrize(
@@ -180,7 +190,9 @@ def test_block_tiles_fit_shared_memory_and_registers(keys: int) -> None:
         (512 * 200, 2, 128, 128, "silu"),
         (300_000, 1, 128, 128, "silu"),
         (300_000, 9, 128, 128, "silu"),
-        (300_000, 8, 64, 128, "silu"),
+        (300_000, 8, 32, 128, "silu"),
+        (300_000, 7, 64, 128, "silu"),
+        (300_000, 8, 64, 200, "silu"),
         (300_000, 4, 128, 300, "silu"),
         (300_000, 4, 128, 32, "silu"),
         (300_000, 2, 128, 128, "silu,relu"),
@@ -191,6 +203,8 @@ def test_block_tiles_fit_shared_memory_and_registers(keys: int) -> None:
         "one head",
         "many heads",
         "narrow",
+        "odd heads",
+        "many keys in pairs",
         "many keys",
         "few keys",
         "two activations",
