@@ -35,7 +35,7 @@ from kernels.hopper_ring import (
     take,
 )
 
-_EPS = gl.constexpr(1e-5)
+EPS = gl.constexpr(1e-5)
 _NEWS = gl.constexpr(4)  # query tiles that the copying warp tells the groups about ahead of them
 
 
@@ -108,17 +108,17 @@ def _post_sums(box, zero, h, turn, s_tile, full, phase, D: gl.constexpr, H: gl.c
 
 
 @gluon.jit
-def _mean_and_rstd(sum_MH, squares_MH, D: gl.constexpr, H: gl.constexpr):
+def mean_and_rstd(sum_MH, squares_MH, D: gl.constexpr, H: gl.constexpr):
     mean_M = gl.sum(sum_MH, 1) * (1.0 / (H * D))
     apart_MH = sum_MH * (1.0 / D) - mean_M[:, None]
     head_H = gl.arange(0, sum_MH.shape[1], gl.SliceLayout(0, sum_MH.type.layout))
     apart_MH = gl.where((head_H < H)[None, :], apart_MH, 0.0)
     variance_M = gl.sum(squares_MH + apart_MH * apart_MH * D, 1) * (1.0 / (H * D))
-    return mean_M, gl.rsqrt(variance_M + _EPS)
+    return mean_M, gl.rsqrt(variance_M + EPS)
 
 
 @gluon.jit
-def _keep_norm(norms, x_M, WHICH: gl.constexpr, row, m, left, h, H: gl.constexpr):
+def keep_norm(norms, x_M, WHICH: gl.constexpr, row, m, left, h, H: gl.constexpr):
     """A number of each row for backward, by one program of the team; the tile's first row is row + m."""
     if h == WHICH % H:
         m_M = m + gl.arange(0, ROWS, x_M.type.layout)
@@ -134,7 +134,7 @@ def _finish(
     W: gl.constexpr = H * D
     # Plus 0 that changes with the row for all the compiler knows: addresses are computed where they are used.
     m = GROUP * ROWS + (row >> 31)
-    rms_M = gl.convert_layout(gl.rsqrt(gl.sum(squares_MH, 1) * (1.0 / W) + _EPS), gl.SliceLayout(1, LAYOUT))
+    rms_M = gl.convert_layout(gl.rsqrt(gl.sum(squares_MH, 1) * (1.0 / W) + EPS), gl.SliceLayout(1, LAYOUT))
     out_MD = g_MD * rms_M[:, None] + s_tile.load(LAYOUT).to(gl.float32)
     if left >= m + ROWS:
         s_tile.store(out_MD.to(s_tile.dtype))
@@ -142,7 +142,7 @@ def _finish(
         store(out, [row + m, h * D], s_tile)
     else:
         store_rows(out_pointer + row.to(gl.int64) * W + h * D, out_MD, m, left, W, LAYOUT)
-    _keep_norm(norms, rms_M, 2, row, m, left, h, H)
+    keep_norm(norms, rms_M, 2, row, m, left, h, H)
 
 
 @gluon.jit
@@ -178,11 +178,11 @@ def _consume(
         squares_MH = read(squares_box, row_before >> 31, tile - 1, H)
         _finish(out, out_pointer, norms, g_MD, squares_MH, before, row_before, left_before, h, D, H, GROUP, O_LAYOUT)
         sum_MH, around_MH = read_pair(sums_box, zero, tile, H)
-        mean_M, rstd_M = _mean_and_rstd(sum_MH, around_MH, D, H)
+        mean_M, rstd_M = mean_and_rstd(sum_MH, around_MH, D, H)
         scale_M, shift_M = gl.convert_layout(rstd_M, ROW_LAYOUT), gl.convert_layout(mean_M * rstd_M, ROW_LAYOUT)
         o_MD = s_tile.load(O_LAYOUT).to(gl.float32) * scale_M[:, None] - shift_M[:, None]
-        _keep_norm(norms, mean_M, 0, row, GROUP * ROWS + zero, left, h, H)
-        _keep_norm(norms, rstd_M, 1, row, GROUP * ROWS + zero, left, h, H)
+        keep_norm(norms, mean_M, 0, row, GROUP * ROWS + zero, left, h, H)
+        keep_norm(norms, rstd_M, 1, row, GROUP * ROWS + zero, left, h, H)
         queries.store(o_MD.to(TYPE))
         hopper.fence_async_shared()
         all_warps()

@@ -1,10 +1,7 @@
 """The GDPA block's forward on Hopper in one kernel, in Gluon, for more than 64 keys or heads of 64.
 
-As in `hopper_forward`, the heads of a row exchange its sums while they work.
-
-A program has D = 128 columns of all rows, one head or two of 64, and a team of programs, which have all columns, takes
-the same query tiles in step. What both norms need of a row is a few sums over all columns: each program writes its own
-to a mailbox in the L2 cache and reads the others' (`kernels/gdpa_block/hopper_mailbox.py`).
+As for few keys (`kernels/gdpa_block/hopper_forward.py`), a team of programs takes the same query tiles in step and
+exchanges sums of rows. A program has D = 128 columns, one head or two of 64.
 
 Eight warps compute, in two groups: each has half of a program's columns (of two heads, one head). They are one
 partition, and so run one copy of the code: two partitions have one each, more than the instruction cache holds. Keys
@@ -27,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.gdpa.hopper_backward_groups import zero_rows
 from kernels.gdpa.triton_activations import activate
-from kernels.gdpa_block.hopper_forward import example_of
+from kernels.gdpa_block.hopper_forward import EPS, example_of, keep_norm, mean_and_rstd
 from kernels.gdpa_block.hopper_mailbox import TURNS, ask, ask_pair, post, post_pair, read_asked, read_pair_asked
 from kernels.hopper_ring import (
     PRODUCER_REGISTERS,
@@ -42,7 +39,6 @@ from kernels.hopper_ring import (
     take,
 )
 
-_EPS = gl.constexpr(1e-5)
 _GROUPS = gl.constexpr(2)  # of four warps; each posts its columns' share of a row's sums
 _NEWS = gl.constexpr(8)  # query tiles that the copying warp tells of ahead
 
@@ -157,25 +153,6 @@ def _open(box, zero, h, turn, s_tiles, full, SHARES: gl.constexpr, LAYOUT: gl.co
 
 
 @gluon.jit
-def _mean_and_rstd(sum_MH, squares_MH, C: gl.constexpr, SHARES: gl.constexpr):
-    """Of rows whose shares are C columns each."""
-    mean_M = gl.sum(sum_MH, 1) * (1.0 / (SHARES * C))
-    apart_MH = sum_MH * (1.0 / C) - mean_M[:, None]
-    share_H = gl.arange(0, sum_MH.shape[1], gl.SliceLayout(0, sum_MH.type.layout))
-    apart_MH = gl.where((share_H < SHARES)[None, :], apart_MH, 0.0)
-    variance_M = gl.sum(squares_MH + apart_MH * apart_MH * C, 1) * (1.0 / (SHARES * C))
-    return mean_M, gl.rsqrt(variance_M + _EPS)
-
-
-@gluon.jit
-def _keep_norm(norms, x_M, WHICH: gl.constexpr, row, left, h, H: gl.constexpr):
-    """A number of each row for backward, by one program of the team."""
-    if h == WHICH % H:
-        row_M = gl.arange(0, ROWS, x_M.type.layout)
-        gl.store(norms + (row + row_M).to(gl.int64) * 3 + WHICH, x_M, mask=row_M < left)
-
-
-@gluon.jit
 def _finish(
     out, out_pointer, norms, asked_MH, box, zero, turn, s_MP, g_MD, tile, row, left, h,
     H: gl.constexpr, SHARES: gl.constexpr, LAYOUT: gl.constexpr,
@@ -184,7 +161,7 @@ def _finish(
     D: gl.constexpr = g_MD.shape[1]
     W: gl.constexpr = H * D
     squares_MH = read_asked(asked_MH, box, zero, turn, SHARES)
-    rms_M = gl.convert_layout(gl.rsqrt(gl.sum(squares_MH, 1) * (1.0 / W) + _EPS), gl.SliceLayout(1, LAYOUT))
+    rms_M = gl.convert_layout(gl.rsqrt(gl.sum(squares_MH, 1) * (1.0 / W) + EPS), gl.SliceLayout(1, LAYOUT))
     out_MD = g_MD * rms_M[:, None] + _unpacked(s_MP, tile.dtype, LAYOUT)
     if left >= ROWS:
         tile.store(out_MD.to(tile.dtype))
@@ -193,7 +170,7 @@ def _finish(
     else:
         # From 0 that changes with the row for all the compiler knows: addresses are computed where they are used.
         store_rows(out_pointer + row.to(gl.int64) * W + h * D, out_MD, row >> 31, left, W, LAYOUT)
-    _keep_norm(norms, rms_M, 2, row, left, h, H)
+    keep_norm(norms, rms_M, 2, row, 0, left, h, H)
 
 
 @gluon.jit
@@ -249,7 +226,7 @@ def _consume(
         kv = items % KV_PLACES + zero
         kv_phase = items // KV_PLACES & 1
         sum_MH, around_MH = read_pair_asked(asked, sums_box, zero, turn, SHARES)
-        mean_M, rstd_M = _mean_and_rstd(sum_MH, around_MH, D // _GROUPS, SHARES)
+        mean_M, rstd_M = mean_and_rstd(sum_MH, around_MH, D // _GROUPS, SHARES)
         scale_M, shift_M = gl.convert_layout(rstd_M, ROW), gl.convert_layout(mean_M * rstd_M, ROW)
         o_MD = _unpacked(s_MP, TYPE, LAYOUT) * scale_M[:, None] - shift_M[:, None]
         tile.store(o_MD.to(TYPE))
@@ -277,8 +254,8 @@ def _consume(
                 s0 = hopper.warpgroup_mma(queries, keys.permute((1, 0)), s0_MN, use_acc=False, is_async=True)
             else:
                 s1 = hopper.warpgroup_mma(queries, keys.permute((1, 0)), s1_MN, use_acc=False, is_async=True)
-        _keep_norm(norms, mean_M, 0, row, left, h, H)
-        _keep_norm(norms, rstd_M, 1, row, left, h, H)
+        keep_norm(norms, mean_M, 0, row, 0, left, h, H)
+        keep_norm(norms, rstd_M, 1, row, 0, left, h, H)
         row_after, left_after, is_last_after = take(news, turn + 1, 3)
         s_after_MP = s_MP
         if left_after > 0:
