@@ -40,7 +40,6 @@ _FORWARD: dict[tuple[int, str], FewTiles | ManyTiles] = {
 }
 _COLUMNS = 128  # of a program: a head or two
 _PROGRAMS = range(2, 9)  # of a team; of one, no program waits for another
-_BACKWARD_HEADS = (4,)  # those that backward was measured with, in bf16
 _TURNS = 4  # as in the mailbox
 _GROUPS = 2  # of a program, that post sums
 _ENOUGH_ELEMENTS = 2**25  # in all rows; with fewer, teams have few tiles each
@@ -63,10 +62,9 @@ def forward_tiles(s: Tensor, k: Tensor, activation: str) -> FewTiles | ManyTiles
 
 def backward_keys(s: Tensor, k: Tensor, activation: str) -> int | None:
     """Rows of the tile in which backward has an example's keys; None where three kernels are faster or needed."""
-    keys, num_heads = k.shape[1:3]
-    is_measured = k.dtype == torch.bfloat16 and num_heads in _BACKWARD_HEADS and keys <= 2 * ROWS
-    is_measured = is_measured and k.shape[3] == _COLUMNS
-    if not is_measured or forward_tiles(s, k, activation) is None:
+    keys, _, width = k.shape[1:]
+    is_taken = k.dtype == torch.bfloat16 and width == _COLUMNS and keys <= 2 * ROWS
+    if not is_taken or forward_tiles(s, k, activation) is None:
         return None
     return ROWS if keys <= ROWS else 2 * ROWS
 

@@ -63,10 +63,10 @@ BLOCK_CASES = [  # heads, width, dense keys, activation
 ]
 BLOCK_BACKWARD_CASES = [  # heads, keys, activation
     (4, 64, "gelu_tanh"),
-    (4, 40, "identity"),
+    (2, 40, "identity"),
     (4, 128, "gelu_tanh"),
-    (4, 100, "gelu"),
-    (4, 65, "silu"),
+    (8, 100, "gelu"),
+    (3, 65, "silu"),
 ]
 SOFTMAX_CASES = [  # width, seeds, window
     (64, None, 100),

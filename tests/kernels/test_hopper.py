@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 SPILLS = {
     "backward 64 None": 4,
     "backward 128": 320,
-    "block backward": 160,
+    "block backward": 192,
     "softmax backward 128": 128,
     "seeds backward 128": 256,
     "seeds backward 64": 16,
