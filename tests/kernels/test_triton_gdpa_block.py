@@ -58,9 +58,13 @@ def test_an_activation_for_each_head() -> None:
 @pytest.mark.parametrize(
     "lengths", [[0, 1, 63, 64, 65, 0, 130, 700, 1], [1], [0, 0]], ids=["odd", "one row", "all empty"]
 )
-@pytest.mark.parametrize(("heads", "kv"), [(2, 64), (3, 100), (4, 128), (8, 200)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "width", "kv"),
+    [(2, 128, 64), (3, 128, 100), (4, 128, 128), (8, 128, 200), (8, 64, 128), (4, 64, 50), (14, 64, 100)],
+)
 def test_one_kernel_whose_heads_exchange_sums(
-    heads: int, kv: int, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+    heads: int, width: int, kv: int, dtype: torch.dtype, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
 
@@ -71,7 +75,7 @@ def test_one_kernel_whose_heads_exchange_sums(
     monkeypatch.setattr(launch, "forward_on_hopper", spied)
     monkeypatch.setattr(hopper, "_ENOUGH_ELEMENTS", 0)
     monkeypatch.setattr(hopper, "_ENOUGH_QUERIES", 0)
-    compare(lengths, heads=heads, width=128, kv=kv, dtype=LOW)
+    compare(lengths, heads=heads, width=width, kv=kv, dtype=dtype)
     assert taken == [sum(lengths) > 0]
 
 
