@@ -1,6 +1,6 @@
 """Which tiles the softmax kernels in Triton use: rules on the shape's class (dtype, head width, window, short keys).
 
-docs/kernels.md has the measurements behind each rule.
+docs/kernels-tried.md has the measurements behind each rule.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which tiles GDPA's kernels use: rules on the shape's class (dtype, head width, keys an example, window), no table.
 
-docs/kernels.md has the measurements behind each rule.
+docs/kernels-tried.md has the measurements behind each rule.
 """
 
 from __future__ import annotations
