@@ -23,6 +23,10 @@ class HopperRings:
     places: int
     kept: int = 0
 
+    def dq_columns(self, width: int) -> int:
+        """Of a tile of dQ that a group stores: half a head's, or where it stays on chip all."""
+        return width if self.kept else width // 2
+
 
 # By (class of keys, width), where it measured faster than Triton on an H100.
 _FORWARD: dict[tuple[str, int], HopperTiles] = {
@@ -124,11 +128,8 @@ def backward_on_hopper(
     """Fill dQ, dK, dV of examples of at most `longest` keys, of one run of heads of one activation; False, with nothing
     done, where a tensor's layout forbids it."""
     *plain, dq, dk, dv = (*qkvg, *grads)
-    whole, halves = (
-        described((*plain, dk, dv), [ROWS] * 6),
-        described([dq], [ROWS], problem.width if rings.kept else problem.width // 2),
-    )
-    if whole is None or halves is None:
+    whole, of_dq = described((*plain, dk, dv), [ROWS] * 6), described([dq], [ROWS], rings.dq_columns(problem.width))
+    if whole is None or of_dq is None:
         return False
     from kernels.gdpa.hopper_backward import _gdpa_bwd_hopper_kernel
     from kernels.launcher import launch
@@ -141,7 +142,7 @@ def backward_on_hopper(
     units = problem.num_examples * num_heads * parts
     launch(
         _gdpa_bwd_hopper_kernel, (min(units, multiprocessors(q.device)),),
-        *whole[:4], *halves, *whole[4:], *grads, counter(q.device),
+        *whole[:4], *of_dq, *whole[4:], *grads, counter(q.device),
         q_offsets, q_offsets if kv_offsets is None else kv_offsets,
         units, num_heads, problem.dense_keys or 0, longest, inner, outer,
         stride_qh=q.stride(-2), stride_kh=k.stride(-2), stride_vh=v.stride(-2), stride_doh=grad.stride(-2),

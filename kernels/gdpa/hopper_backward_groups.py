@@ -119,13 +119,9 @@ def _keep_dk_dv(dk, dv, dk_ND, dv_ND, own_k, own_v, kv_first, n, h, own_free, t,
     """Store whole tiles through the places of this group's keys and values, once the other group is done with the keys
     after all query tiles before t."""
     SWAPS: gl.constexpr = own_free.shape[0]
-    own_v.store(dv_ND.to(own_v.dtype))
-    hopper.fence_async_shared()
-    store(dv, [kv_first + n, h * stride], own_v)
+    _keep_whole(dv, dv_ND, own_v, kv_first + n, h * stride)
     mbarrier.wait(own_free.index((t - 1) % SWAPS), (t - 1) // SWAPS & 1)
-    own_k.store(dk_ND.to(own_k.dtype))
-    hopper.fence_async_shared()
-    store(dk, [kv_first + n, h * stride], own_k)
+    _keep_whole(dk, dk_ND, own_k, kv_first + n, h * stride)
 
 
 @gluon.jit

@@ -40,7 +40,7 @@ def describe(unit, offsets, sizes, PARTS: gl.constexpr, JAGGED: gl.constexpr):
 
 
 @gluon.jit
-def copy_keys(k, v, row, k_column, v_column, full, k_tiles, v_tiles, at):
+def _copy_keys(k, v, row, k_column, v_column, full, k_tiles, v_tiles, at):
     """Start the copies of both groups' keys and values to place `at`."""
     for c in gl.static_range(2):
         copy_in(k, row + c * 64, k_column, full.index(at), k_tiles.index(2 * at + c), True)
@@ -90,7 +90,7 @@ def produce(
             if PLACES > 1:
                 at = pair % PLACES
                 mbarrier.wait(kv_empty.index(at), (pair // PLACES & 1) ^ 1)
-                copy_keys(k, v, kv_first + n, h * stride_kh, h * stride_vh, kv_full, k_tiles, v_tiles, at)
+                _copy_keys(k, v, kv_first + n, h * stride_kh, h * stride_vh, kv_full, k_tiles, v_tiles, at)
                 pair += 1
             for m in range(0, num_q, M):
                 slot = t % SLOTS

@@ -40,8 +40,7 @@ _FORWARD: dict[tuple[int, str], FewTiles | ManyTiles] = {
 }
 _COLUMNS = 128  # of a program: a head or two
 _PROGRAMS = range(2, 9)  # of a team; of one, no program waits for another
-_TURNS = 4  # as in the mailbox
-_GROUPS = 2  # of a program, that post sums
+_TURNS, _GROUPS = 4, 2  # as in the mailbox
 _ENOUGH_ELEMENTS = 2**25  # in all rows; with fewer, teams have few tiles each
 _ENOUGH_QUERIES = 192  # in an example: a team takes 64 or 128 rows at a time, whether they are full or not
 BACKWARD_PLACES = 3  # query tiles on chip of the backward

@@ -29,7 +29,17 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.gdpa.hopper_backward_groups import activate_or_bare, common_factors, zero_rows
-from kernels.gdpa_block.hopper_mailbox import TURNS, ask, ask_pair, post, post_pair, read_asked, read_pair_asked
+from kernels.gdpa_block.hopper_mailbox import (
+    GROUPS,
+    TURNS,
+    ask,
+    ask_pair,
+    post,
+    post_pair,
+    read_asked,
+    read_pair_asked,
+    sums_by_group,
+)
 from kernels.hopper_ring import (
     PRODUCER_REGISTERS,
     ROWS,
@@ -43,7 +53,6 @@ from kernels.hopper_ring import (
     take,
 )
 
-_GROUPS = gl.constexpr(2)  # of four warps; each posts its columns' share of a row's sums
 _NEWS = gl.constexpr(4)  # query tiles that the copying warp tells of ahead
 _PADDING = gl.constexpr(32)  # rows of an example's last tile that are not its own, in the mean
 
@@ -140,12 +149,6 @@ def _unit(out_MD, s_MD):
 
 
 @gluon.jit
-def _sums(x_MD):
-    """Of each row, by groups of columns."""
-    return gl.sum(x_MD.reshape([ROWS, _GROUPS, x_MD.shape[1] // _GROUPS]), 2)
-
-
-@gluon.jit
 def _open(norms, box, zero, h, turn, row, left, tile, x_tiles, full, H: gl.constexpr, LAYOUT: gl.constexpr):
     """Post this program's shares of a tile's sum(do unit).
 
@@ -161,7 +164,7 @@ def _open(norms, box, zero, h, turn, row, left, tile, x_tiles, full, H: gl.const
     place = tile % PLACES
     mbarrier.wait(full.index(place), tile // PLACES & 1)
     unit_MD = _unit(out_tiles.index(place).load(LAYOUT), s_tiles.index(place).load(LAYOUT))
-    post(box, zero, h, turn, _sums(do_tiles.index(place).load(LAYOUT).to(gl.float32) * unit_MD), H)
+    post(box, zero, h, turn, sums_by_group(do_tiles.index(place).load(LAYOUT).to(gl.float32) * unit_MD), H)
     return mean_M, rstd_M, rms_M
 
 
@@ -216,10 +219,10 @@ def _consume(
     TYPE: gl.constexpr = k_tiles.dtype
     BARE: gl.constexpr = k_tiles.dtype == gl.bfloat16  # the range of fp16 is small
     W: gl.constexpr = H * D
-    SHARES: gl.constexpr = H * _GROUPS  # of a row's sums
+    SHARES: gl.constexpr = H * GROUPS  # of a row's sums
     BY_KEYS: gl.constexpr = N // 64  # groups that share out the keys; or 1, and each has all keys
-    OTHERS: gl.constexpr = _GROUPS // BY_KEYS
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, _GROUPS], [16, D // _GROUPS, 16])
+    OTHERS: gl.constexpr = GROUPS // BY_KEYS
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, D // GROUPS, 16])
     G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * BY_KEYS, OTHERS], [16, D // OTHERS, 16])
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * BY_KEYS, OTHERS], [16, ROWS // OTHERS, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
@@ -294,8 +297,8 @@ def _consume(
         all_warps()  # done with dg
         dq_MD = dq_MD * ds_factor + dg_tile.load(LAYOUT).to(gl.float32)
         dg_tile.store(dq_MD.to(TYPE))
-        along_MG = _sums(dq_MD * q_tile.load(LAYOUT).to(gl.float32))
-        post_pair(second_box, zero, h, turn, _sums(dq_MD), along_MG, SHARES)
+        along_MG = sums_by_group(dq_MD * q_tile.load(LAYOUT).to(gl.float32))
+        post_pair(second_box, zero, h, turn, sums_by_group(dq_MD), along_MG, SHARES)
         asked_MH = ask(first_box, zero, turn + 1, SHARES)
         dk_ND = hopper.warpgroup_mma_wait(0, deps=[dk_sum])
         is_last = left <= ROWS
@@ -358,7 +361,7 @@ def _gdpa_block_bwd_hopper_kernel(
     ticket = gl.atomic_add(tickets, 1)
     team, h = ticket // H, ticket % H
     # Three words a row and share: for the second sums (two) and the first ones.
-    BOX: gl.constexpr = TURNS * ROWS * H * _GROUPS
+    BOX: gl.constexpr = TURNS * ROWS * H * GROUPS
     second_box = boxes + team * (3 * BOX)
     gl.warp_specialize(
         [

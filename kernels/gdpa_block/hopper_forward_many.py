@@ -25,7 +25,17 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from kernels.gdpa.hopper_backward_groups import zero_rows
 from kernels.gdpa.triton_activations import activate
 from kernels.gdpa_block.hopper_forward import EPS, example_of, keep_norm, mean_and_rstd
-from kernels.gdpa_block.hopper_mailbox import TURNS, ask, ask_pair, post, post_pair, read_asked, read_pair_asked
+from kernels.gdpa_block.hopper_mailbox import (
+    GROUPS,
+    TURNS,
+    ask,
+    ask_pair,
+    post,
+    post_pair,
+    read_asked,
+    read_pair_asked,
+    sums_by_group,
+)
 from kernels.hopper_ring import (
     PRODUCER_REGISTERS,
     ROWS,
@@ -39,7 +49,6 @@ from kernels.hopper_ring import (
     take,
 )
 
-_GROUPS = gl.constexpr(2)  # of four warps; each posts its columns' share of a row's sums
 _NEWS = gl.constexpr(8)  # query tiles that the copying warp tells of ahead
 
 
@@ -112,12 +121,6 @@ def _produce_keys(k, v, offsets, num_rows, num_examples, num_kv, team, num_teams
 
 
 @gluon.jit
-def _sums(x_MD):
-    """Of each row, by groups of columns."""
-    return gl.sum(x_MD.reshape([ROWS, _GROUPS, x_MD.shape[1] // _GROUPS]), 2)
-
-
-@gluon.jit
 def _packed(x_MD):
     """16-bit numbers in pairs: carried through a loop by themselves, each takes a register."""
     left, right = gl.split(x_MD.reshape([x_MD.shape[0], x_MD.shape[1] // 2, 2]))
@@ -141,11 +144,11 @@ def _open(box, zero, h, turn, s_tiles, full, SHARES: gl.constexpr, LAYOUT: gl.co
     """A tile's S, of which this tells the team this program's shares of LayerNorm's sums: the sum, and squares around
     the share's own mean, which lose nothing where a row's mean is far from 0."""
     PLACES: gl.constexpr = full.shape[0]
-    C: gl.constexpr = s_tiles.shape[2] // _GROUPS
+    C: gl.constexpr = s_tiles.shape[2] // GROUPS
     place = turn % PLACES
     mbarrier.wait(full.index(place), turn // PLACES & 1)
     s_MD = s_tiles.index(place).load(LAYOUT)
-    s_MGC = s_MD.to(gl.float32).reshape([ROWS, _GROUPS, C])
+    s_MGC = s_MD.to(gl.float32).reshape([ROWS, GROUPS, C])
     sum_MG = gl.sum(s_MGC, 2)
     around_MGC = s_MGC - (sum_MG * (1.0 / C)).expand_dims(2)
     post_pair(box, zero, h, turn, sum_MG, gl.sum(around_MGC * around_MGC, 2), SHARES)
@@ -201,11 +204,11 @@ def _consume(
     D: gl.constexpr = s_tiles.shape[2]
     TYPE: gl.constexpr = s_tiles.dtype
     S_N: gl.constexpr = 2 * N if PAIR else N
-    SHARES: gl.constexpr = H * _GROUPS
-    HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D // _GROUPS], TYPE)
+    SHARES: gl.constexpr = H * GROUPS
+    HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D // GROUPS], TYPE)
     P_HALF: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, N], TYPE)
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, _GROUPS], [16, S_N // _GROUPS, 16])
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, _GROUPS], [16, D // _GROUPS, 16])
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, S_N // GROUPS, 16])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, D // GROUPS, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     turn = 0  # query tiles so far
     items = 0  # examples so far
@@ -226,7 +229,7 @@ def _consume(
         kv = items % KV_PLACES + zero
         kv_phase = items // KV_PLACES & 1
         sum_MH, around_MH = read_pair_asked(asked, sums_box, zero, turn, SHARES)
-        mean_M, rstd_M = mean_and_rstd(sum_MH, around_MH, D // _GROUPS, SHARES)
+        mean_M, rstd_M = mean_and_rstd(sum_MH, around_MH, D // GROUPS, SHARES)
         scale_M, shift_M = gl.convert_layout(rstd_M, ROW), gl.convert_layout(mean_M * rstd_M, ROW)
         o_MD = _unpacked(s_MP, TYPE, LAYOUT) * scale_M[:, None] - shift_M[:, None]
         tile.store(o_MD.to(TYPE))
@@ -244,12 +247,12 @@ def _consume(
         o = hopper.warpgroup_mma_init(o_MD)
         queries = tile
         if PAIR:
-            queries = tile._reinterpret(TYPE, [_GROUPS, ROWS, D // _GROUPS], HALF).index(_own_group())
+            queries = tile._reinterpret(TYPE, [GROUPS, ROWS, D // GROUPS], HALF).index(_own_group())
         for part in gl.static_range(PARTS):
             mbarrier.wait(k_full.index(kv * PARTS + part), kv_phase)
             keys = k_tiles.index(kv * PARTS + part)
             if PAIR:
-                keys = keys._reinterpret(TYPE, [_GROUPS * N, D // _GROUPS], k_tiles.layout)
+                keys = keys._reinterpret(TYPE, [GROUPS * N, D // GROUPS], k_tiles.layout)
             if part == 0:
                 s0 = hopper.warpgroup_mma(queries, keys.permute((1, 0)), s0_MN, use_acc=False, is_async=True)
             else:
@@ -269,7 +272,7 @@ def _consume(
             all_warps()
             mbarrier.wait(v_full.index(kv * PARTS + part), kv_phase)
             if PAIR:
-                p_tile = p_tile._reinterpret(TYPE, [_GROUPS, ROWS, N], P_HALF).index(_own_group())
+                p_tile = p_tile._reinterpret(TYPE, [GROUPS, ROWS, N], P_HALF).index(_own_group())
             o = hopper.warpgroup_mma(p_tile, v_tiles.index(kv * PARTS + part), o, is_async=True)
         mbarrier.arrive(k_empty.index(kv), count=1, pred=is_last != 0)
         if turn > 0:
@@ -278,7 +281,7 @@ def _consume(
                 row_before, left_before, h, H, SHARES, LAYOUT,
             )  # fmt: skip
         g_MD = hopper.warpgroup_mma_wait(0, deps=[o])
-        post(squares_box, zero, h, turn, _sums(g_MD * g_MD), SHARES)
+        post(squares_box, zero, h, turn, sums_by_group(g_MD * g_MD), SHARES)
         asked = ask_pair(sums_box, zero, turn + 1, SHARES)
         tma.store_wait(0)  # of the tile before, which has left its place
         all_warps()
@@ -329,7 +332,7 @@ def _gdpa_block_fwd_many_hopper_kernel(
     ticket = gl.atomic_add(tickets, 1)
     team, h = ticket // H, ticket % H
     # Three words a row and share: for sums (two) and for squares.
-    BOX: gl.constexpr = TURNS * ROWS * H * _GROUPS
+    BOX: gl.constexpr = TURNS * ROWS * H * GROUPS
     own = boxes + team * (3 * BOX)
     gl.warp_specialize(
         [

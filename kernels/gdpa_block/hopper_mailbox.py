@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from kernels.hopper_ring import ROWS
 
 TURNS = gl.constexpr(4)
+GROUPS = gl.constexpr(2)  # of four warps in a program; each posts its columns', or its rows', share
 
 # Several seconds; then the numbers are NaN. (With a trap in it ptxas gives the whole function half the registers.)
 MOST_POLLS = 1 << 24
@@ -118,6 +119,12 @@ def _own(box, zero, h, turn, x, H: gl.constexpr, NUMBERS: gl.constexpr):
         share_G = h * x.shape[1] + gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
         place = _place(box, share_G[None, :], turn, row_M[:, None], H, NUMBERS)
     return place.to(gl.int64), gl.full(x.shape, 1, gl.int32, LAYOUT) + turn
+
+
+@gluon.jit
+def sums_by_group(x_MD):
+    """Of each row, by groups of columns."""
+    return gl.sum(x_MD.reshape([ROWS, GROUPS, x_MD.shape[1] // GROUPS]), 2)
 
 
 @gluon.jit

@@ -121,9 +121,8 @@ def compile_backward(width: int, keys: int | None, activation: str) -> str:
         "PARTS": key_parts(problem), "JAGGED": keys is None, "ACTIVATION": activation, "APPROX": True,
     }  # fmt: skip
     described = dict.fromkeys(("q", "k", "v", "do", "dk", "dv"), descriptor(ROWS, width))
-    return build(
-        _gdpa_bwd_hopper_kernel, described | {"dq": descriptor(ROWS, width if rings.kept else width // 2)}, constants
-    )
+    described["dq"] = descriptor(ROWS, rings.dq_columns(width))
+    return build(_gdpa_bwd_hopper_kernel, described, constants)
 
 
 def compile_block(heads: int, width: int, keys: int, activation: str) -> str:

@@ -64,6 +64,7 @@ def test_hosts_know_what_device_code_counts_on() -> None:
     from kernels.gdpa_block import hopper, hopper_mailbox
 
     assert hopper_mailbox.TURNS.value == hopper._TURNS
+    assert hopper_mailbox.GROUPS.value == hopper._GROUPS
     assert hopper_seeds_ring.N.value == hopper_seeds._KEYS
 
 
