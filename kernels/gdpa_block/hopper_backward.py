@@ -29,16 +29,24 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.gdpa.hopper_backward_groups import activate_or_bare, common_factors, zero_rows
-from kernels.gdpa_block.hopper_mailbox import (
-    GROUPS,
-    TURNS,
-    ask,
-    ask_pair,
-    post,
-    post_pair,
-    read_asked,
-    read_pair_asked,
-    sums_by_group,
+from kernels.gdpa_block.hopper_mailbox import GROUPS, TURNS, ask, ask_pair, own_place, read_asked, read_pair_asked
+from kernels.gdpa_block.hopper_pairs import (
+    PAIR_ROW,
+    PAIRS,
+    add_pairs,
+    as_factor,
+    as_pairs,
+    both,
+    fused,
+    halves,
+    high_of,
+    low_of,
+    multiply,
+    post_sums,
+    scaled,
+    scaled_sum,
+    subtract,
+    whole,
 )
 from kernels.hopper_ring import (
     PRODUCER_REGISTERS,
@@ -53,6 +61,11 @@ from kernels.hopper_ring import (
     take,
 )
 
+SUM_STAYS = gl.constexpr(True)
+DG_STAYS = gl.constexpr(True)
+CLOSE_EARLY = gl.constexpr(False)
+EARLY_EMPTY = gl.constexpr(True)
+ASK_LATE = gl.constexpr(False)
 _NEWS = gl.constexpr(4)  # query tiles that the copying warp tells of ahead
 _PADDING = gl.constexpr(32)  # rows of an example's last tile that are not its own, in the mean
 
@@ -141,65 +154,69 @@ def _next_tile(dk, dv, num_kv, column, told, news, N: gl.constexpr, D: gl.conste
 
 
 @gluon.jit
-def _unit(out_MD, s_MD):
-    """out - S in their own type, two numbers an instruction."""
-    SUBTRACT: gl.constexpr = "sub.rn.bf16x2 $0, $1, $2;" if s_MD.dtype == gl.bfloat16 else "sub.rn.f16x2 $0, $1, $2;"
-    unit_MD = gl.inline_asm_elementwise(SUBTRACT, "=r,r,r", [out_MD, s_MD], dtype=s_MD.dtype, is_pure=True, pack=2)
-    return unit_MD.to(gl.float32)
-
-
-@gluon.jit
-def _open(norms, box, zero, h, turn, row, left, tile, x_tiles, full, H: gl.constexpr, LAYOUT: gl.constexpr):
-    """Post this program's shares of a tile's sum(do unit).
-
-    Returns mean, rstd and rms of each row: zeros past the example's end.
-    """
-    s_tiles, out_tiles, do_tiles = x_tiles
-    PLACES: gl.constexpr = full.shape[0]
-    row_M = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+def _norms_of(norms, row, left):
+    """mean, rstd and rms of each row of a tile: zeros past the example's end."""
+    row_M = gl.arange(0, ROWS, PAIR_ROW)
     kept_M = norms + (row + row_M).to(gl.int64) * 3
     mean_M = gl.load(kept_M, mask=row_M < left, other=0.0)
     rstd_M = gl.load(kept_M + 1, mask=row_M < left, other=0.0)
     rms_M = gl.load(kept_M + 2, mask=row_M < left, other=0.0)
-    place = tile % PLACES
-    mbarrier.wait(full.index(place), tile // PLACES & 1)
-    unit_MD = _unit(out_tiles.index(place).load(LAYOUT), s_tiles.index(place).load(LAYOUT))
-    post(box, zero, h, turn, sums_by_group(do_tiles.index(place).load(LAYOUT).to(gl.float32) * unit_MD), H)
     return mean_M, rstd_M, rms_M
 
 
 @gluon.jit
-def _transform(s_tile, out_tile, do_tile, mean_M, rstd_M, rms_M, along_M, left, LAYOUT: gl.constexpr):
-    """q in the place of S and dg in that of out."""
-    shift_M, both_M = mean_M * rstd_M, rms_M * along_M
-    s_MD = s_tile.load(LAYOUT)
-    unit_MD = _unit(out_tile.load(LAYOUT), s_MD)
-    q_MD = (s_MD.to(gl.float32) * rstd_M[:, None] - shift_M[:, None]).to(s_tile.dtype)
-    dg_MD = do_tile.load(LAYOUT).to(gl.float32) * rms_M[:, None] - unit_MD * both_M[:, None]
-    s_tile.store(q_MD)
-    out_tile.store(dg_MD.to(s_tile.dtype))
-    if left < ROWS:  # past the example's end, where the copy engine reads the next one
-        zero_rows(s_tile, 0, left)
-        zero_rows(out_tile, 0, left)
-    hopper.fence_async_shared()
-    all_warps()
+def _words(box, zero, h, turn, SHARES: gl.constexpr, NUMBERS: gl.constexpr):
+    """Places of this program's words of a turn, and the turn to write there."""
+    row_M = zero + gl.arange(0, ROWS, PAIR_ROW)
+    place_M = own_place(box, h * GROUPS, turn, row_M, SHARES, NUMBERS)
+    return place_M, gl.full([ROWS], 1, gl.int32, PAIR_ROW) + turn
+
+
+@gluon.jit
+def _open(words, mean_M, rstd_M, tile, x_tiles, full):
+    """Take a tile: q in the place of S and unit in that of out. Post this program's shares of its sum(do unit)."""
+    s_tiles, out_tiles, do_tiles = x_tiles
+    PLACES: gl.constexpr = full.shape[0]
+    place = tile % PLACES
+    s_tile, out_tile = as_pairs(s_tiles).index(place), as_pairs(out_tiles).index(place)
+    mbarrier.wait(full.index(place), tile // PLACES & 1)
+    s_MC = s_tile.load(PAIRS)
+    unit_MC = subtract(out_tile.load(PAIRS), s_MC)
+    out_tile.store(unit_MC)
+    s_tile.store(scaled(s_MC, rstd_M[:, None], (-mean_M * rstd_M)[:, None]))
+    place_M, turn_M = words
+    post_sums(place_M, turn_M, as_pairs(do_tiles).index(place).load(PAIRS), unit_MC, 1)
+
+
+@gluon.jit
+def _transform(unit_tile, do_tile, rms_M, along_M):
+    """dg = rms do - rms c unit, in the place of unit."""
+    high_M, low_M = as_factor(rms_M)
+    slant_M = both(-rms_M * along_M, -rms_M * along_M)
+    do_MC = do_tile.load(PAIRS)
+    rest_MC = fused(do_MC, low_M[:, None], multiply(unit_tile.load(PAIRS), slant_M[:, None]))
+    dg_MC = fused(do_MC, high_M[:, None], rest_MC)
+    unit_tile.store(dg_MC)
+    return dg_MC
 
 
 @gluon.jit
 def _close(
-    ds, pointer, asked, box, zero, turn, q_tile, dq_tile, do_tile, rstd_M, row, left, column,
-    H: gl.constexpr, W: gl.constexpr, LAYOUT: gl.constexpr,
+    ds, pointer, asked, box, zero, turn, sum_MC, x_tiles, place, rstd_M, row, left, column,
+    H: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """dS in the place of do, and stored, once the sums of dq and dq q are there."""
-    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    """dS in the place of q, and stored, once the sums of dq and dq q are there. sum_MC: rstd dq + do."""
+    s_tiles, _, do_tiles = x_tiles
     sum_MH, along_MH = read_pair_asked(asked, box, zero, turn, H)
-    shift_M = rstd_M * gl.convert_layout(gl.sum(sum_MH, 1) * (1.0 / W), ROW)
-    slant_M = rstd_M * gl.convert_layout(gl.sum(along_MH, 1) * (1.0 / W), ROW)
-    ds_MD = do_tile.load(LAYOUT).to(gl.float32) - q_tile.load(LAYOUT).to(gl.float32) * slant_M[:, None]
-    ds_MD += dq_tile.load(LAYOUT).to(gl.float32) * rstd_M[:, None] - shift_M[:, None]
-    do_tile.store(ds_MD.to(do_tile.dtype))
+    shift_M = rstd_M * gl.convert_layout(gl.sum(sum_MH, 1) * (-1.0 / W), PAIR_ROW)
+    slant_M = rstd_M * gl.convert_layout(gl.sum(along_MH, 1) * (-1.0 / W), PAIR_ROW)
+    q_tile = as_pairs(s_tiles).index(place)
+    rest_MC = fused(q_tile.load(PAIRS), both(slant_M, slant_M)[:, None], both(shift_M, shift_M)[:, None])
+    if not SUM_STAYS:
+        sum_MC = as_pairs(do_tiles).index(place).load(PAIRS)
+    q_tile.store(add_pairs(sum_MC, rest_MC))
     hopper.fence_async_shared()
-    _put_out(ds, pointer, do_tile, row, left, column, W)
+    _put_out(ds, pointer, s_tiles.index(place), row, left, column, W)
 
 
 @gluon.jit
@@ -225,7 +242,6 @@ def _consume(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, D // GROUPS, 16])
     G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * BY_KEYS, OTHERS], [16, D // OTHERS, 16])
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * BY_KEYS, OTHERS], [16, ROWS // OTHERS, 16])
-    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     p_factor, ds_factor = common_factors(inner, outer, BARE, ACTIVATION)
     column = h * D
     turn = 0  # query tiles so far
@@ -233,13 +249,15 @@ def _consume(
     is_first = True
     place_before, row_before, left_before = 0, 0, 0
     b, row, left, tile, told = _next_tile(dk_pointer, dv_pointer, num_kv, column, 0, news, N, D, W)
-    mean_M = gl.full([ROWS], 0.0, gl.float32, ROW)
-    rstd_M, rms_M, rstd_before_M = mean_M, mean_M, mean_M
     dk_ND = gl.full([N, D], 0.0, gl.float32, G_LAYOUT)
     dv_ND = gl.full([N, D], 0.0, gl.float32, G_LAYOUT)
+    mean_M, rstd_M, rms_M = _norms_of(norms, row, left)
+    # Not rstd_M: a loop carries what differs from before after its body, the first time.
+    rstd_before_M = gl.full([ROWS], 0.0, gl.float32, PAIR_ROW)
     if b >= 0:
-        mean_M, rstd_M, rms_M = _open(norms, first_box, row >> 31, h, 0, row, left, tile, x_tiles, full, SHARES, LAYOUT)
+        _open(_words(first_box, row >> 31, h, 0, SHARES, 1), mean_M, rstd_M, tile, x_tiles, full)
     asked_MH = ask(first_box, row >> 31, 0, SHARES)
+    sum_MC = gl.full([ROWS, D // 2], 0, gl.int32, PAIRS)
     while b >= 0:
         # 0 that changes with the row for all the compiler knows: addresses are computed where they are used.
         zero = row >> 31
@@ -248,28 +266,34 @@ def _consume(
         k_tile, v_tile = k_tiles.index(at), v_tiles.index(at)
         p_tile, ds_tile = p_tiles.index(zero), ds_tiles.index(zero)
         q_tile, dg_tile = s_tiles.index(place), out_tiles.index(place)
-        along_M = gl.convert_layout(gl.sum(read_asked(asked_MH, first_box, zero, turn, SHARES), 1) * (1.0 / W), ROW)
+        do_tile = as_pairs(do_tiles).index(place)
+        b_after, row_after, left_after, tile_after, told = _next_tile(
+            dk_pointer, dv_pointer, num_kv, column, told, news, N, D, W
+        )
+        mean_M, rstd_after_M, rms_after_M = _norms_of(norms, row_after, left_after)
         if is_first:
             mbarrier.wait(kv_full.index(at), items // KV_PLACES & 1)
             if num_kv < N:
                 zero_rows(k_tile, zero, num_kv)
                 zero_rows(v_tile, zero, num_kv)
-        _transform(q_tile, dg_tile, do_tiles.index(place), mean_M, rstd_M, rms_M, along_M, left, LAYOUT)
+        along_M = gl.sum(read_asked(asked_MH, first_box, zero, turn, SHARES), 1) * (1.0 / W)
+        dg_MC = _transform(as_pairs(out_tiles).index(place), do_tile, rms_M, gl.convert_layout(along_M, PAIR_ROW))
+        if left < ROWS:  # past the example's end, where the copy engine reads the next one
+            zero_rows(q_tile, 0, left)
+            zero_rows(dg_tile, 0, left)
+        hopper.fence_async_shared()
+        all_warps()
         s_NM = gl.full([N, ROWS], 0.0, gl.float32, S_LAYOUT)
         dp_NM = gl.full([N, ROWS], 0.0, gl.float32, S_LAYOUT)
         # Through a wait: registers of a product must be written before the first one is in flight.
         s_NM, dp_NM, dk_ND, dv_ND = hopper.warpgroup_mma_wait(0, deps=[s_NM, dp_NM, dk_ND, dv_ND])
         s = hopper.warpgroup_mma(k_tile, q_tile.permute((1, 0)), s_NM, use_acc=False, is_async=True)
         dp = hopper.warpgroup_mma(v_tile, dg_tile.permute((1, 0)), dp_NM, use_acc=False, is_async=True)
-        b_after, row_after, left_after, tile_after, told = _next_tile(
-            dk_pointer, dv_pointer, num_kv, column, told, news, N, D, W
-        )
-        rstd_now_M = rstd_M
         if b_after >= 0:
-            mean_M, rstd_M, rms_M = _open(
-                norms, first_box, row_after >> 31, h, turn + 1, row_after, left_after, tile_after, x_tiles, full,
-                SHARES, LAYOUT,
-            )  # fmt: skip
+            words = _words(first_box, row_after >> 31, h, turn + 1, SHARES, 1)
+            _open(words, mean_M, rstd_after_M, tile_after, x_tiles, full)
+        if not ASK_LATE:
+            asked = ask_pair(second_box, zero, turn - 1, SHARES)
         s_NM = hopper.warpgroup_mma_wait(1, deps=[s])
         p_NM, slope_NM = activate_or_bare(s_NM, inner, outer, BARE, ACTIVATION, APPROX)
         p = p_tile
@@ -277,54 +301,75 @@ def _consume(
             p = gl.convert_layout(p_NM.to(TYPE), gl.DotOperandLayout(0, G_LAYOUT, 2))
         else:
             p_tile.store(p_NM.to(TYPE))
+        slope_NM = slope_NM * ds_factor
+        if CLOSE_EARLY:
+            if turn > 0:
+                _close(
+                    ds, ds_pointer, asked, second_box, zero, turn - 1, sum_MC, x_tiles, place_before,
+                    rstd_before_M, row_before, left_before, column, SHARES, W,
+                )  # fmt: skip
         dp_NM, slope_NM = hopper.warpgroup_mma_wait(0, deps=[dp, slope_NM])
         ds_tile.store((slope_NM * dp_NM).to(TYPE))
-        asked = ask_pair(second_box, zero, turn - 1, SHARES)
+        if ASK_LATE:
+            asked = ask_pair(second_box, zero, turn - 1, SHARES)
         hopper.fence_async_shared()
         all_warps()
-        dq_MD = gl.full([ROWS, D], 0.0, gl.float32, LAYOUT)
+        if not DG_STAYS:
+            dg_MC = as_pairs(out_tiles).index(place).load(PAIRS)
+        dq_MD = whole(low_of(dg_MC), high_of(dg_MC), LAYOUT)
         dq_MD, dk_ND, dv_ND = hopper.warpgroup_mma_wait(0, deps=[dq_MD, dk_ND, dv_ND])
+        dq_sum = hopper.warpgroup_mma(ds_tile.permute((1, 0)), k_tile, dq_MD, is_async=True)
         dv_sum = hopper.warpgroup_mma(p, dg_tile, dv_ND, use_acc=not is_first, is_async=True)
-        dq_sum = hopper.warpgroup_mma(ds_tile.permute((1, 0)), k_tile, dq_MD, use_acc=False, is_async=True)
         dk_sum = hopper.warpgroup_mma(ds_tile, q_tile, dk_ND, use_acc=not is_first, is_async=True)
-        if turn > 0:
-            _close(
-                ds, ds_pointer, asked, second_box, zero, turn - 1,
-                s_tiles.index(place_before), out_tiles.index(place_before), do_tiles.index(place_before),
-                rstd_before_M, row_before, left_before, column, SHARES, W, LAYOUT,
-            )  # fmt: skip
-        dv_ND, dq_MD = hopper.warpgroup_mma_wait(1, deps=[dv_sum, dq_sum])
-        all_warps()  # done with dg
-        dq_MD = dq_MD * ds_factor + dg_tile.load(LAYOUT).to(gl.float32)
-        dg_tile.store(dq_MD.to(TYPE))
-        along_MG = sums_by_group(dq_MD * q_tile.load(LAYOUT).to(gl.float32))
-        post_pair(second_box, zero, h, turn, sums_by_group(dq_MD), along_MG, SHARES)
+        if not CLOSE_EARLY:
+            if turn > 0:
+                _close(
+                    ds, ds_pointer, asked, second_box, zero, turn - 1, sum_MC, x_tiles, place_before,
+                    rstd_before_M, row_before, left_before, column, SHARES, W,
+                )  # fmt: skip
+        low_MC, high_MC = halves(hopper.warpgroup_mma_wait(2, deps=[dq_sum]))
+        place_M, turn_M = _words(second_box, zero, h, turn, SHARES, 2)
+        post_sums(place_M, turn_M, both(low_MC, high_MC), as_pairs(s_tiles).index(place).load(PAIRS), 2)
+        sum_MC = scaled_sum(low_MC, high_MC, rstd_M[:, None], do_tile.load(PAIRS))
+        if not SUM_STAYS:
+            do_tile.store(sum_MC)
         asked_MH = ask(first_box, zero, turn + 1, SHARES)
-        dk_ND = hopper.warpgroup_mma_wait(0, deps=[dk_sum])
         is_last = left <= ROWS
+        if EARLY_EMPTY:
+            tma.store_wait(0)
+            all_warps()
+            mbarrier.arrive(empty.index(place_before), count=1, pred=turn > 0)
+            if KV_PLACES > 1:  # the example's before
+                mbarrier.arrive(kv_empty.index((at + 1) % KV_PLACES), count=1, pred=is_first & (turn > 0))
+        dv_ND, dk_ND = hopper.warpgroup_mma_wait(0, deps=[dv_sum, dk_sum])
         if is_last:
             all_warps()  # done with keys and values
             v_tile.store((dv_ND * p_factor).to(TYPE))
-            k_tile.store((dk_ND * ds_factor).to(TYPE))
+            k_tile.store(dk_ND.to(TYPE))
             hopper.fence_async_shared()
             _put_out(dv, dv_pointer, v_tile, b * num_kv, num_kv, column, W)
             _put_out(dk, dk_pointer, k_tile, b * num_kv, num_kv, column, W)
-        # What is stored has left its place.
-        tma.store_wait(0)
-        all_warps()
-        mbarrier.arrive(empty.index(place_before), count=1, pred=turn > 0)
-        mbarrier.arrive(kv_empty.index(at), count=1, pred=is_last)
+            if EARLY_EMPTY:
+                if KV_PLACES == 1:
+                    tma.store_wait(0)
+                    all_warps()
+                    mbarrier.arrive(kv_empty.index(at), count=1)
+        if not EARLY_EMPTY:
+            # What is stored has left its place.
+            tma.store_wait(0)
+            all_warps()
+            mbarrier.arrive(empty.index(place_before), count=1, pred=turn > 0)
+            mbarrier.arrive(kv_empty.index(at), count=1, pred=is_last)
         items += is_last.to(gl.int32)
-        row_before, left_before, place_before, rstd_before_M = row, left, place, rstd_now_M
-        b, row, left, tile = b_after, row_after, left_after, tile_after
+        row_before, left_before, place_before, rstd_before_M = row, left, place, rstd_M
+        b, row, left, tile, rstd_M, rms_M = b_after, row_after, left_after, tile_after, rstd_after_M, rms_after_M
         is_first = is_last
         turn += 1
     if turn > 0:
+        zero = row_before >> 31
         _close(
-            ds, ds_pointer, ask_pair(second_box, row_before >> 31, turn - 1, SHARES), second_box,
-            row_before >> 31, turn - 1,
-            s_tiles.index(place_before), out_tiles.index(place_before), do_tiles.index(place_before),
-            rstd_before_M, row_before, left_before, column, SHARES, W, LAYOUT,
+            ds, ds_pointer, ask_pair(second_box, zero, turn - 1, SHARES), second_box, zero, turn - 1, sum_MC, x_tiles,
+            place_before, rstd_before_M, row_before, left_before, column, SHARES, W,
         )  # fmt: skip
     tma.store_wait(0)
 
