@@ -8,10 +8,11 @@ from kernel_cases import LENGTHS, offsets_of
 from torch import Tensor
 from triton_cases import BOUNDS, DEVICE, LOW, check, poisoned
 
-from kernels.gdpa import ACTIVATIONS
+from kernels.gdpa import ACTIVATIONS, hopper, launch
 from kernels.gdpa.launch import backward, forward, gdpa_triton
 from kernels.gdpa.reference import gdpa_reference
 from kernels.gdpa.tiles import Problem, Tiles, backward_tiles, forward_tiles, mean_tile_rows
+from kernels.hopper import is_hopper
 
 poison = pytest.fixture(autouse=True)(poisoned)
 
@@ -142,6 +143,32 @@ def test_windows_go_to_hoppers_kernel_if_queries_and_keys_have_the_same_offsets(
     assert len(asked) == (1 if same else 0)
     expected = run(gdpa_reference, [t.double() for t in (q, k, v, grad)], [130, 3], [130, 3], "silu", 7)
     check("dq dk dv", actual, expected[1:], BOUNDS[LOW])
+
+
+@pytest.mark.skipif(not is_hopper(DEVICE), reason="runs on Hopper alone")
+@pytest.mark.parametrize("lengths", [[0, 1, 63, 64, 65, 0, 130, 257], [700, 500, 0, 400], [1, 0]], ids=str)
+@pytest.mark.parametrize("kv", [129, 256, 300, [0, 300, 700, 1, 128, 64, 500, 129]], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+def test_backward_kernel_of_hopper(
+    width: int, kv: int | list[int], lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def spied(*args: object) -> bool:
+        taken.append(hopper.backward_on_hopper(*args))
+        return taken[-1]
+
+    monkeypatch.setattr("kernels.gdpa.tiles.ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(hopper, "_ENOUGH_ELEMENTS", 0)
+    monkeypatch.setattr(hopper, "_ENOUGH_QUERIES", 0)
+    monkeypatch.setattr(launch, "hopper_rings", hopper.hopper_rings.__wrapped__)
+    monkeypatch.setattr(launch, "backward_on_hopper", spied)
+    kv = kv if isinstance(kv, int) else kv[: len(lengths)]
+    compare(lengths, kv, width=width, dtype=LOW)
+    assert taken == [True]
+    tensors = inputs(lengths, kv, width, LOW)
+    first, second = (run(gdpa_triton, tensors, lengths, kv) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_keys_of_another_type_are_refused() -> None:
