@@ -111,6 +111,23 @@ def test_every_variant_computes_the_same(layout: str, mode: str, late: bool, tma
     check("out dq dk dv", actual, expected, BOUNDS[LOW])
 
 
+def test_keys_that_are_asked_for_before_the_length_is_known() -> None:
+    q_lengths, tiles = [0, 3, 20, 0], Tiles(16, 64, 4, 1, eager=True)
+    q, k, v, grad = inputs(q_lengths, 40, dtype=LOW)
+    scales = "gelu_tanh", OPTIONS["inner_scale"], OPTIONS["outer_scale"]
+    out = forward(q, offsets_of(q_lengths).to(DEVICE), k, v, None, *scales, None, tiles=tiles)
+    expected = run(gdpa_reference, [t.double() for t in (q, k, v, grad)], q_lengths, 40)
+    check("out", [out], expected[:1], BOUNDS[LOW])
+
+
+def test_short_examples_with_few_wide_keys_ask_early() -> None:
+    def eager(width: int, queries: int, keys: int) -> bool:
+        return forward_tiles(Problem(LOW, 100, 2, width, 100 * queries, keys, None)).eager
+
+    assert eager(128, 64, 64)
+    assert not any([eager(128, 65, 64), eager(64, 64, 64), eager(128, 64, 65), eager(128, 64, 32)])
+
+
 def test_long_examples_carry_dq_in_float32_beside_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.gdpa.tiles.ENOUGH_PROGRAMS", 1)
     monkeypatch.setattr("kernels.gdpa.launch.MAX_ROUNDED_SUMS", 1)
