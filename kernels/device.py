@@ -23,6 +23,13 @@ def example_rows(offsets, b, num_dense, JAGGED: tl.constexpr):
 @triton.jit
 def load_rows(base, first, num_rows, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows [first, first + BLOCK) of one head, zeros past `num_rows` and past D."""
+    return load_evicted(base, first, num_rows, stride, BLOCK, D, BLOCK_D, "")
+
+
+@triton.jit
+def load_evicted(base, first, num_rows, stride,
+          BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WHEN: tl.constexpr):  # fmt: skip
+    """As `load_rows`; WHEN: when they leave the L2 cache, as `tl.load` calls it."""
     row = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     mask = (row < num_rows - first)[:, None]
@@ -30,8 +37,9 @@ def load_rows(base, first, num_rows, stride, BLOCK: tl.constexpr, D: tl.constexp
         mask = mask & (d < D)[None, :]
     # The tile's first row in 64 bits, as a scalar; offsets within the tile fit 32, which halves their registers.
     return tl.load(
-        base + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + d[None, :]), mask=mask, other=0.0
-    )
+        base + tl.cast(first, tl.int64) * stride + (row[:, None] * stride + d[None, :]), mask=mask, other=0.0,
+        eviction_policy=WHEN,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from kernels.gdpa.hopper_backward_units import M, N, describe
+from kernels.gdpa.hopper_backward_units import M, N, describe, query_tile
 from kernels.gdpa.triton_activations import activate_with_slope, bare_with_slope, slope_factors
 from kernels.hopper_ring import add, all_warps, store, store_rows, take
 
@@ -311,27 +311,29 @@ def wide_group(
                 tma.store_wait(0)
                 s_NM = hopper.warpgroup_mma_wait(0, deps=[s])
                 dq_sum = hopper.warpgroup_mma_init(dq_MD)
-                for m in range(0, num_q, M):
+                for step in range(0, num_q, M):
+                    m = query_tile(step, n, num_q, D, PARTS)
                     # 0 that changes with m for all the compiler knows: addresses are computed where they are used.
                     zero = (num_q - m) >> 31
                     own_k, own_v = k_tiles.index(GROUP + zero), v_tiles.index(GROUP + zero)
                     other_k = k_tiles.index(1 - GROUP + zero)
                     q_t, do_t = q_tiles.index(t % SLOTS), do_tiles.index(t % SLOTS)
-                    more = m + M < num_q
+                    more = step + M < num_q
                     swap, phase = t % SWAPS, t // SWAPS & 1
                     p_NM, slope_NM = activate_or_bare(s_NM, inner, outer, BARE, ACTIVATION, APPROX)
                     made.index(OWN + 2).store(_real_queries(p_NM.to(TYPE), m, num_q, S_LAYOUT))
                     hopper.fence_async_shared()
                     dk_ND, dq_MD, slope_NM = hopper.warpgroup_mma_wait(0, deps=[dk_sum, dq_sum, slope_NM])
                     dk_sum = hopper.warpgroup_mma_init(dk_ND)
-                    mbarrier.arrive(empty.index((t + SLOTS - 1) % SLOTS), count=1, pred=m > 0)
-                    mbarrier.arrive(other_free.index((t + 1) % SWAPS), count=1, pred=m > 0)
+                    mbarrier.arrive(empty.index((t + SLOTS - 1) % SLOTS), count=1, pred=step > 0)
+                    mbarrier.arrive(other_free.index((t + 1) % SWAPS), count=1, pred=step > 0)
                     # Before its registers are dP's.
                     rounded = hopper.warpgroup_mma_wait(0, deps=[(dq_MD * ds_factor).to(TYPE)])
                     dp = _start(own_v, do_tiles, do_full, t, dq_MD, True)
                     dv_sum = hopper.warpgroup_mma(made.index(OWN + 2 + zero), do_t, dv_sum, is_async=True)
-                    if m > 0:
-                        _keep_dq(dq, dq_base, rounded, staged, first, column, m - M, num_q, adds, stride_gt, Q_LAYOUT)
+                    if step > 0:
+                        before = query_tile(step - M, n, num_q, D, PARTS)
+                        _keep_dq(dq, dq_base, rounded, staged, first, column, before, num_q, adds, stride_gt, Q_LAYOUT)
                     dp_NM, slope_NM = hopper.warpgroup_mma_wait(1, deps=[dp, slope_NM])
                     ds_NM = _real_queries((slope_NM * dp_NM).to(TYPE), m, num_q, S_LAYOUT)
                     own_ds, other_ds = made.index(OWN + swap), made.index(OTHER + swap)
@@ -352,7 +354,7 @@ def wide_group(
                 dk_ND, dv_ND, dq_MD = hopper.warpgroup_mma_wait(0, deps=[dk_sum, dv_sum, dq_sum])
                 mbarrier.arrive(empty.index((t + SLOTS - 1) % SLOTS), count=1)
                 mbarrier.arrive(other_free.index((t + 1) % SWAPS), count=1)
-                m = (num_q - 1) // M * M
+                m = query_tile((num_q - 1) // M * M, n, num_q, D, PARTS)
                 rounded = (dq_MD * ds_factor).to(TYPE)
                 _keep_dq(dq, dq_base, rounded, staged, first, column, m, num_q, adds, stride_gt, Q_LAYOUT)
                 dk_ND = dk_ND * ds_factor

@@ -40,6 +40,17 @@ def describe(unit, offsets, sizes, PARTS: gl.constexpr, JAGGED: gl.constexpr):
 
 
 @gluon.jit
+def query_tile(step, n, num_q, D: gl.constexpr, PARTS: gl.constexpr):
+    """First row of the query tile that key tile n takes after `step` rows.
+
+    At D = 128 every other key tile of a unit goes backwards: the rows that were last are still in the L2 cache.
+    """
+    if (D == 128) and (PARTS == 1):
+        step = gl.where(n // N % 2 == 1, (num_q - 1) // M * M - step, step)
+    return step
+
+
+@gluon.jit
 def _copy_keys(k, v, row, k_column, v_column, full, k_tiles, v_tiles, at):
     """Start the copies of both groups' keys and values to place `at`."""
     for c in gl.static_range(2):
@@ -92,7 +103,8 @@ def produce(
                 mbarrier.wait(kv_empty.index(at), (pair // PLACES & 1) ^ 1)
                 _copy_keys(k, v, kv_first + n, h * stride_kh, h * stride_vh, kv_full, k_tiles, v_tiles, at)
                 pair += 1
-            for m in range(0, num_q, M):
+            for step in range(0, num_q, M):
+                m = query_tile(step, n, num_q, q_tiles.shape[2], PARTS)
                 slot = t % SLOTS
                 if TURNS:
                     # Free when both groups have written dS of the tile after the one in it.
@@ -107,7 +119,7 @@ def produce(
                     # After two tiles of queries, whose places are free earlier. V's place is when both groups have left
                     # dS of the last query tile before, K's when both are done with that. The barriers of two tiles
                     # earlier are complete: a group arrives there before it frees that tile's place, which is full now.
-                    if m == gl.minimum(M, (num_q - 1) // M * M):
+                    if step == gl.minimum(M, (num_q - 1) // M * M):
                         _wait_for_both(exchange[0], exchange[1], before)
                         _copy_both(v, kv_first + n, h * stride_vh, kv_full.index(0), v_tiles)
                         _wait_for_both(exchange[2], exchange[3], before)

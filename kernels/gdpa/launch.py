@@ -98,7 +98,7 @@ def forward(
             launch(
                 triton_kernels._gdpa_fwd_short_kernel, grid,
                 *tensors, q_offsets, num_heads, problem.dense_keys, inner, outer,
-                LATE=tiles.late, TMA=streamed is not None, **strides, **options,
+                LATE=tiles.late, EAGER=tiles.eager, TMA=streamed is not None, **strides, **options,
             )  # fmt: skip
         else:
             launch(

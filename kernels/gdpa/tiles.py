@@ -30,6 +30,8 @@ class Tiles:
     """The streamed tiles come through the copy engine where layout and card allow: fewer registers and instructions."""
     late: bool = False
     """A tile's result is stored an iteration later, so that no wait stands between its last product and the next."""
+    eager: bool = False
+    """Keys in one tile are asked for before the example's length is known, and leave the L2 cache first."""
     carry: bool = True
     """Backward over many key tiles, given enough examples: one program adds up dQ along them. Else two passes."""
 
@@ -109,6 +111,7 @@ _FORWARD: dict[tuple[str, bool], Tiles] = {
     ("window", False): Tiles(128, 64, 8, 3),
     ("window", True): Tiles(128, 64, 8, 3),
 }
+_SHORT = Tiles(64, 64, 4, 1, eager=True)  # forward at D > 64: an example's queries and keys are one tile each
 _FEW_ROWS = Tiles(32, 64, 4, 1)  # backward at D <= 16: an example's queries and keys are one tile each
 _BACKWARD: dict[tuple[str, bool], Tiles] = {
     ("16", False): Tiles(64, 16, 4, 2),
@@ -137,7 +140,9 @@ def mean_tile_rows(query_rows: int, num_examples: int) -> int:
 @functools.lru_cache(_REMEMBERED)
 def forward_tiles(problem: Problem) -> Tiles:
     """Float32, float64 and other cards take small tiles, which run anywhere."""
-    return _choose(problem, _FORWARD)
+    tiles = _choose(problem, _FORWARD)
+    short = problem.query_rows <= _SHORT.block_m * problem.num_examples
+    return _SHORT if short and tiles is _FORWARD["64", True] else tiles
 
 
 @functools.lru_cache(_REMEMBERED)

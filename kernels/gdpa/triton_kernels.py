@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.device import example_rows, in_window, load_rows, store_rows, stream_base, stream_rows
+from kernels.device import example_rows, in_window, load_evicted, load_rows, store_rows, stream_base, stream_rows
 from kernels.gdpa.triton_activations import activate, activate_with_slope
 
 
@@ -22,18 +22,27 @@ def _gdpa_fwd_short_kernel(
     num_heads, num_kv, inner, outer,
     stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr, stride_kh: tl.constexpr,
     stride_vt: tl.constexpr, stride_vh: tl.constexpr, stride_ot: tl.constexpr, stride_oh: tl.constexpr,
-    LATE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LATE: tl.constexpr, EAGER: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACTIVATION: tl.constexpr, APPROX: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Dense keys of one tile: they stay on chip while the example's queries stream by."""
+    """Dense keys of one tile: they stay on chip while the example's queries stream by.
+
+    EAGER: they are asked for before it is known whether the example has queries.
+    """
     pid = tl.program_id(0).to(tl.int64)
     b, h = pid // num_heads, pid % num_heads
+    k_base, v_base = k + b * num_kv * stride_kt + h * stride_kh, v + b * num_kv * stride_vt + h * stride_vh
+    if EAGER:
+        k_ND = load_evicted(k_base, 0, num_kv, stride_kt, BLOCK_N, D, BLOCK_D, "evict_first")
+        v_ND = load_evicted(v_base, 0, num_kv, stride_vt, BLOCK_N, D, BLOCK_D, "evict_first")
     first, num_q = example_rows(q_offsets, b, 0, True)
     tile_first = tl.program_id(1) * BLOCK_M
     if tile_first >= num_q:
         return
-    k_ND = load_rows(k + b * num_kv * stride_kt + h * stride_kh, 0, num_kv, stride_kt, BLOCK_N, D, BLOCK_D)
-    v_ND = load_rows(v + b * num_kv * stride_vt + h * stride_vh, 0, num_kv, stride_vt, BLOCK_N, D, BLOCK_D)
+    if not EAGER:
+        k_ND = load_rows(k_base, 0, num_kv, stride_kt, BLOCK_N, D, BLOCK_D)
+        v_ND = load_rows(v_base, 0, num_kv, stride_vt, BLOCK_N, D, BLOCK_D)
     q_base = stream_base(q, first, h * stride_qh, stride_qt, TMA)
     out_base = out + first * stride_ot + h * stride_oh
     ACC: tl.constexpr = tl.float64 if k_ND.dtype == tl.float64 else tl.float32

@@ -113,7 +113,7 @@ def compile_forward(width: int, keys: int | None, window: int | None, activation
 
 def compile_backward(width: int, keys: int | None, activation: str) -> str:
     """PTX of GDPA's backward kernel."""
-    problem = Problem(torch.bfloat16, 512, 4, width, 300_000, keys, None)
+    problem = Problem(torch.bfloat16, 512, 4, width, 2**17, keys, None)
     rings = hopper_rings(problem)
     assert rings is not None
     constants = {

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kernels.attention.hopper import backward_tiles, forward_tiles
-from kernels.gdpa.hopper import hopper_rings, hopper_tiles
+from kernels.gdpa.hopper import hopper_rings, hopper_tiles, key_parts
 from kernels.gdpa.tiles import Problem
 from kernels.gdpa_block.hopper import BACKWARD_PLACES, FewTiles, ManyTiles, backward_keys
 from kernels.gdpa_block.hopper import forward_tiles as block_tiles
@@ -136,6 +136,14 @@ def test_wide_heads_need_more_queries_an_example() -> None:
     assert rings(64, 64) is not None
     assert rings(128, 64) is None
     assert rings(128, 256) is not None
+
+
+def test_two_key_tiles_are_side_by_side_where_zeros_for_dq_are_cheap() -> None:
+    def parts(width: int, queries: int, keys: int) -> int:
+        return key_parts(Problem(torch.bfloat16, 4096, 4, width, 4096 * queries, keys, None))
+
+    assert parts(128, 257, 256) == 2
+    assert parts(128, 512, 256) == parts(128, 257, 128) == parts(64, 257, 256) == 1
 
 
 @pytest.mark.parametrize(

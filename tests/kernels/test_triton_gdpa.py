@@ -8,10 +8,11 @@ from kernel_cases import LENGTHS, offsets_of
 from torch import Tensor
 from triton_cases import BOUNDS, DEVICE, LOW, check, poisoned
 
-from kernels.gdpa import ACTIVATIONS
+from kernels.gdpa import ACTIVATIONS, hopper, launch
 from kernels.gdpa.launch import backward, forward, gdpa_triton
 from kernels.gdpa.reference import gdpa_reference
 from kernels.gdpa.tiles import Problem, Tiles, backward_tiles, forward_tiles, mean_tile_rows
+from kernels.hopper import is_hopper
 
 poison = pytest.fixture(autouse=True)(poisoned)
 
@@ -110,6 +111,23 @@ def test_every_variant_computes_the_same(layout: str, mode: str, late: bool, tma
     check("out dq dk dv", actual, expected, BOUNDS[LOW])
 
 
+def test_keys_that_are_asked_for_before_the_length_is_known() -> None:
+    q_lengths, tiles = [0, 3, 20, 0], Tiles(16, 64, 4, 1, eager=True)
+    q, k, v, grad = inputs(q_lengths, 40, dtype=LOW)
+    scales = "gelu_tanh", OPTIONS["inner_scale"], OPTIONS["outer_scale"]
+    out = forward(q, offsets_of(q_lengths).to(DEVICE), k, v, None, *scales, None, tiles=tiles)
+    expected = run(gdpa_reference, [t.double() for t in (q, k, v, grad)], q_lengths, 40)
+    check("out", [out], expected[:1], BOUNDS[LOW])
+
+
+def test_short_examples_with_few_wide_keys_ask_early() -> None:
+    def eager(width: int, queries: int, keys: int) -> bool:
+        return forward_tiles(Problem(LOW, 100, 2, width, 100 * queries, keys, None)).eager
+
+    assert eager(128, 64, 64)
+    assert not any([eager(128, 65, 64), eager(64, 64, 64), eager(128, 64, 65), eager(128, 64, 32)])
+
+
 def test_long_examples_carry_dq_in_float32_beside_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.gdpa.tiles.ENOUGH_PROGRAMS", 1)
     monkeypatch.setattr("kernels.gdpa.launch.MAX_ROUNDED_SUMS", 1)
@@ -142,6 +160,32 @@ def test_windows_go_to_hoppers_kernel_if_queries_and_keys_have_the_same_offsets(
     assert len(asked) == (1 if same else 0)
     expected = run(gdpa_reference, [t.double() for t in (q, k, v, grad)], [130, 3], [130, 3], "silu", 7)
     check("dq dk dv", actual, expected[1:], BOUNDS[LOW])
+
+
+@pytest.mark.skipif(not is_hopper(DEVICE), reason="runs on Hopper alone")
+@pytest.mark.parametrize("lengths", [[0, 1, 63, 64, 65, 0, 130, 257], [700, 500, 0, 400], [1, 0]], ids=str)
+@pytest.mark.parametrize("kv", [129, 256, 300, [0, 300, 700, 1, 128, 64, 500, 129]], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+def test_backward_kernel_of_hopper(
+    width: int, kv: int | list[int], lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def spied(*args: object) -> bool:
+        taken.append(hopper.backward_on_hopper(*args))
+        return taken[-1]
+
+    monkeypatch.setattr("kernels.gdpa.tiles.ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(hopper, "_ENOUGH_ELEMENTS", 0)
+    monkeypatch.setattr(hopper, "_ENOUGH_QUERIES", 0)
+    monkeypatch.setattr(launch, "hopper_rings", hopper.hopper_rings.__wrapped__)
+    monkeypatch.setattr(launch, "backward_on_hopper", spied)
+    kv = kv if isinstance(kv, int) else kv[: len(lengths)]
+    compare(lengths, kv, width=width, dtype=LOW)
+    assert taken == [True]
+    tensors = inputs(lengths, kv, width, LOW)
+    first, second = (run(gdpa_triton, tensors, lengths, kv) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_keys_of_another_type_are_refused() -> None:
