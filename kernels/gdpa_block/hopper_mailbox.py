@@ -104,7 +104,7 @@ def _heads_layout(heads, warps):
 
 
 @gluon.jit
-def _place(box, h, turn, row_M, H: gl.constexpr, NUMBERS: gl.constexpr):
+def own_place(box, h, turn, row_M, H: gl.constexpr, NUMBERS: gl.constexpr):
     return box + (((turn & (TURNS - 1)) * ROWS + row_M) * H + h) * NUMBERS
 
 
@@ -113,11 +113,11 @@ def _own(box, zero, h, turn, x, H: gl.constexpr, NUMBERS: gl.constexpr):
     """Places and turns of head h's numbers, (M,) or (M, G)."""
     LAYOUT: gl.constexpr = x.type.layout
     if len(x.shape) == 1:
-        place = _place(box, h, turn, zero + gl.arange(0, ROWS, LAYOUT), H, NUMBERS)
+        place = own_place(box, h, turn, zero + gl.arange(0, ROWS, LAYOUT), H, NUMBERS)
     else:
         row_M = zero + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
         share_G = h * x.shape[1] + gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
-        place = _place(box, share_G[None, :], turn, row_M[:, None], H, NUMBERS)
+        place = own_place(box, share_G[None, :], turn, row_M[:, None], H, NUMBERS)
     return place.to(gl.int64), gl.full(x.shape, 1, gl.int32, LAYOUT) + turn
 
 
@@ -152,7 +152,7 @@ def _places(box, zero, turn, H: gl.constexpr, NUMBERS: gl.constexpr):
     row_M = zero + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     head_H = gl.arange(0, _padded(H), gl.SliceLayout(0, LAYOUT))
     # Padding reads the last head's words.
-    place_MH = _place(box, gl.minimum(head_H, H - 1)[None, :], turn, row_M[:, None], H, NUMBERS)
+    place_MH = own_place(box, gl.minimum(head_H, H - 1)[None, :], turn, row_M[:, None], H, NUMBERS)
     return place_MH.to(gl.int64), gl.full([ROWS, _padded(H)], 1, gl.int32, LAYOUT) + turn
 
 
