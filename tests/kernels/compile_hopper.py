@@ -64,6 +64,7 @@ BLOCK_CASES = [  # heads, width, dense keys, activation
 BLOCK_BACKWARD_CASES = [  # heads, keys, activation
     (4, 64, "gelu_tanh"),
     (2, 40, "identity"),
+    (8, 33, "silu"),
     (4, 128, "gelu_tanh"),
     (8, 100, "gelu"),
     (3, 65, "silu"),

@@ -50,7 +50,7 @@ def test_kernels_compile_without_spills_and_with_products_in_flight() -> None:
     )
     assert report.returncode == 0, report.stderr[-2000:]
     cases = report.stdout.split("case ")[1:]
-    assert len(cases) == 6 + 7 + 6 + 5 + 11 + 5 + 5
+    assert len(cases) == 6 + 7 + 6 + 6 + 11 + 5 + 5
     for case in cases:
         assert "serialized" not in case, case
         spilled = int(re.findall(r"(\d+) bytes spill stores", case)[0])
