@@ -111,7 +111,7 @@ _FORWARD: dict[tuple[str, bool], Tiles] = {
     ("window", False): Tiles(128, 64, 8, 3),
     ("window", True): Tiles(128, 64, 8, 3),
 }
-_SHORT = Tiles(64, 64, 4, 1, eager=True)  # forward at D > 64: an example's queries and keys are one tile each
+_SHORT = Tiles(64, 64, 4, 1, eager=True)  # forward at D > 64 of keys in one tile and queries in two
 _FEW_ROWS = Tiles(32, 64, 4, 1)  # backward at D <= 16: an example's queries and keys are one tile each
 _BACKWARD: dict[tuple[str, bool], Tiles] = {
     ("16", False): Tiles(64, 16, 4, 2),
@@ -141,7 +141,7 @@ def mean_tile_rows(query_rows: int, num_examples: int) -> int:
 def forward_tiles(problem: Problem) -> Tiles:
     """Float32, float64 and other cards take small tiles, which run anywhere."""
     tiles = _choose(problem, _FORWARD)
-    short = problem.query_rows <= _SHORT.block_m * problem.num_examples
+    short = problem.query_rows <= 2 * _SHORT.block_m * problem.num_examples
     return _SHORT if short and tiles is _FORWARD["64", True] else tiles
 
 

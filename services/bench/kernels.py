@@ -42,12 +42,14 @@ def run(
         compile_seconds: the same for torch.compile, whose graphs take up to a minute each.
 
     Raises:
-        ValueError: no such op or shape.
+        ValueError: no such op or shape, or no folder for the result.
         RuntimeError: there is no CUDA device, or an output is wrong.
     """
     chosen = [s for s in SHAPES if op in (None, s.op) and shape in (None, s.name)]
     if not chosen:
         raise ValueError(f"no shape {shape or ''} of op {op or 'any'}; known: {', '.join(s.name for s in SHAPES)}")
+    if json_path is not None and not json_path.parent.is_dir():
+        raise ValueError(f"{json_path.parent} is no folder: make it first, or name another file for the result")
     if not torch.cuda.is_available():
         raise RuntimeError("exfm bench kernels times CUDA kernels and found no CUDA device; run it on a GPU machine")
     with torch.autograd.set_multithreading_enabled(False):  # as the trainers have it

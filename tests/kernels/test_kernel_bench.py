@@ -88,6 +88,11 @@ def test_unknown_shape_is_refused() -> None:
         run(shape="nope")
 
 
+def test_a_result_without_a_folder_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder: make it first"):
+        run(json_path=tmp_path / "missing" / "result.json")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(RuntimeError, match="no CUDA device"):

@@ -124,8 +124,8 @@ def test_short_examples_with_few_wide_keys_ask_early() -> None:
     def eager(width: int, queries: int, keys: int) -> bool:
         return forward_tiles(Problem(LOW, 100, 2, width, 100 * queries, keys, None)).eager
 
-    assert eager(128, 64, 64)
-    assert not any([eager(128, 65, 64), eager(64, 64, 64), eager(128, 64, 65), eager(128, 64, 32)])
+    assert eager(128, 128, 64)
+    assert not any([eager(128, 129, 64), eager(64, 64, 64), eager(128, 64, 65), eager(128, 64, 32)])
 
 
 def test_long_examples_carry_dq_in_float32_beside_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
