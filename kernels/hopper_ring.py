@@ -69,7 +69,10 @@ def get(place):
 
 @gluon.jit
 def barriers_of(NUMBER: gl.constexpr, COUNT: gl.constexpr):
-    """New ones, that COUNT arrivals complete."""
+    """New ones, that COUNT arrivals complete.
+
+    Make none that nobody waits for: Triton takes its place for something else, which the barrier may overwrite later.
+    """
     barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NUMBER):
         mbarrier.init(barriers.index(i), count=COUNT)

@@ -67,14 +67,16 @@ def _gdpa_bwd_hopper_kernel(
             kept_tiles = gl.allocate_shared_memory(TYPE, [KEPT, M, D], KEPT_LAYOUT)
         made = (ds_tiles, kept_tiles, gl.allocate_shared_memory(TYPE, [2, M, D if KEPT > 0 else D // 2], dq.layout))
     units = news_of(2, 1, 2)
-    q_full, do_full, empty = barriers_of(SLOTS, 1), barriers_of(SLOTS, 1), barriers_of(SLOTS, 2)
-    kv_full, kv_empty = barriers_of(PLACES, 4), barriers_of(PLACES, 2)
+    q_full, do_full, kv_full = barriers_of(SLOTS, 1), barriers_of(SLOTS, 1), barriers_of(PLACES, 4)
+    kv_empty = kv_full  # not read
+    if PLACES > 1:
+        kv_empty = barriers_of(PLACES, 2)
     full_0, full_1 = barriers_of(SLOTS if KEPT > 0 else SWAPS, 1), barriers_of(SLOTS if KEPT > 0 else SWAPS, 1)
     free_0, free_1 = barriers_of(PLACES if KEPT > 0 else SWAPS, 1), barriers_of(PLACES if KEPT > 0 else SWAPS, 1)
     if KEPT > 0:
         barriers = (q_full, do_full, (full_0, full_1), kv_full, kv_empty)
     else:
-        barriers = (q_full, do_full, empty, kv_full, kv_empty)
+        barriers = (q_full, do_full, barriers_of(SLOTS, 2), kv_full, kv_empty)
     hopper.fence_async_shared()
     tiles = (q_tiles, do_tiles, k_tiles, v_tiles)
     offsets, sizes = (q_offsets, kv_offsets), (num_heads, num_kv, longest)

@@ -242,7 +242,9 @@ def _window_bwd_hopper_kernel(
     news = news_of(2, 4, 2)
     q_full, q_empty = barriers_of(SLOTS, 3 if SOFTMAX else 2), barriers_of(SLOTS, 2)
     k_full, k_empty = barriers_of(SLOTS, 2), barriers_of(SLOTS, 2)
-    q_turn, k_turn = barriers_of(1, 1).index(0), barriers_of(1, 1).index(0)
+    q_turn, k_turn = q_full.index(0), k_full.index(0)  # not read
+    if not SOFTMAX:
+        q_turn, k_turn = barriers_of(1, 1).index(0), barriers_of(1, 1).index(0)
     hopper.fence_async_shared()
     sums = (lse_tiles, delta_tiles)
     gl.warp_specialize(

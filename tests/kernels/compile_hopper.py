@@ -5,6 +5,7 @@ A process of its own: where tests run in Triton's interpreter, nothing can be co
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -220,6 +221,23 @@ def build(kernel: Any, described: dict[str, str], constants: dict[str, Any], *, 
     return str(compiled.asm["ptx"])
 
 
+def reused_barriers(ptx: str) -> list[int]:
+    """Where in shared memory a barrier is made that nobody uses, so that Triton has put something else there.
+
+    The card may write such a barrier back later: items off a counter were lost that way.
+    """
+    start = re.findall(r"mov\.b32\s+(%r\d+), global_smem;", ptx)
+    places = dict.fromkeys(start, 0)
+    places |= {r: int(n) for r, base, n in re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", ptx) if base in start}
+    barriers = {places[r] for r in re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx) if r in places}
+    if not barriers:
+        raise RuntimeError("no barriers found: this Triton writes their addresses in another way")
+    plain = {int(n or 0) for n in re.findall(r"(?:st|ld)\.shared\S*[^;]*\[global_smem\+?(\d*)\]", ptx)}
+    found = re.findall(r"(?:st|ld)\.shared\S*[^;\[]*\[ ?(%r\d+) ?(?:\+ ?0)? ?\]", ptx)
+    plain |= {places[r] for r in found if r in places}
+    return sorted(b for b in barriers for p in plain if b - 4 < p < b + 8)
+
+
 def assemble(ptx: str) -> str:
     """What the first assembler says that knows this version of PTX."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -247,4 +265,5 @@ if __name__ == "__main__":
             ptx = compiled(*case)
             for name, text in ptx.items() if isinstance(ptx, dict) else [("", ptx)]:
                 print("case", *f"{kind} {name}".split(), *case)
+                print("reused barriers", reused_barriers(text))
                 print(assemble(text), flush=True)

@@ -53,6 +53,7 @@ def test_kernels_compile_without_spills_and_with_products_in_flight() -> None:
     assert len(cases) == 6 + 7 + 6 + 6 + 11 + 5 + 5
     for case in cases:
         assert "serialized" not in case, case
+        assert "reused barriers []" in case, case
         spilled = int(re.findall(r"(\d+) bytes spill stores", case)[0])
         allowed = [most for name, most in SPILLS.items() if case.startswith(name)]
         assert spilled <= max(allowed, default=0), case
