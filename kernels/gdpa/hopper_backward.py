@@ -26,10 +26,10 @@ def _group(
 ):  # fmt: skip
     if KEPT > 0:
         turns_group(grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
-                    stride_gt, stride_gh, GROUP, PARTS, JAGGED, ACTIVATION, APPROX)  # fmt: skip
+                    stride_gt, stride_gh, GROUP, JAGGED, ACTIVATION, APPROX)  # fmt: skip
     elif tiles[0].shape[2] == 64:
         narrow_group(grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
-                     stride_gt, stride_gh, GROUP, PARTS, JAGGED, ACTIVATION, APPROX)  # fmt: skip
+                     stride_gt, stride_gh, GROUP, JAGGED, ACTIVATION, APPROX)  # fmt: skip
     else:
         wide_group(grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
                    stride_gt, stride_gh, GROUP, PARTS, JAGGED, ACTIVATION, APPROX)  # fmt: skip
@@ -48,9 +48,9 @@ def _gdpa_bwd_hopper_kernel(
     all.
 
     A unit of work is an example and head: its key tiles follow one another and add to dQ, in dQ's type. At D = 64 they
-    may keep the sums of its first KEPT query tiles on chip. Or, of two PARTS, it is one key tile: each adds to the
-    zeros that dQ holds, which is the same number in either order. `counter` is two int32, 0 before and after, that hand
-    out the units. Examples of more keys than `longest` are left alone.
+    may keep the sums of its first KEPT query tiles on chip. Or, of two PARTS (D = 128), it is one key tile: each adds
+    to the zeros that dQ holds, which is the same number in either order. `counter` is two int32, 0 before and after,
+    that hand out the units. Examples of more keys than `longest` are left alone.
     """
     TYPE: gl.constexpr = q.dtype
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, M], TYPE)

@@ -128,7 +128,7 @@ def _keep_dk_dv(dk, dv, dk_ND, dv_ND, own_k, own_v, kv_first, n, h, own_free, t,
 def narrow_group(
     grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr,
-    PARTS: gl.constexpr, JAGGED: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
+    JAGGED: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     """D = 64: the keys 64 GROUP to 64 GROUP + 63 of each key tile. P and dS are factors from registers."""
     dq, dk, dv = grads
@@ -155,7 +155,7 @@ def narrow_group(
     i = 0
     (unit,) = take(units, i, 1)
     while unit < num_units:
-        h, first, num_q, kv_first, length, n_first, n_end = describe(unit, offsets, sizes, PARTS, JAGGED)
+        h, first, num_q, kv_first, length, n_first, n_end = describe(unit, offsets, sizes, 1, JAGGED)
         dq_base = dq_pointer + first.to(gl.int64) * stride_gt + h * stride_gh + GROUP * HALF
         column = h * stride_gh + GROUP * HALF
         key_base = kv_first.to(gl.int64) * stride_gt + h * stride_gh
@@ -163,7 +163,7 @@ def narrow_group(
             if n > n_first:
                 _wait_for_stores()
             own_n = n + GROUP * 64
-            adds = n > (-1 if PARTS > 1 else 0)
+            adds = n > 0
             dk_ND = gl.full([64, D], 0.0, gl.float32, G_LAYOUT)
             dv_ND = gl.full([64, D], 0.0, gl.float32, G_LAYOUT)
             if num_q > 0:

@@ -110,7 +110,7 @@ def _make_dq(
 def turns_group(
     grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr,
-    PARTS: gl.constexpr, JAGGED: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
+    JAGGED: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     """The keys 64 GROUP to 64 GROUP + 63 of each key tile. P and dS are factors from registers."""
     dq, dk, dv = grads
@@ -134,7 +134,7 @@ def turns_group(
     i = 0
     (unit,) = take(units, i, 1)
     while unit < num_units:
-        h, first, num_q, kv_first, length, n_first, n_end = describe(unit, offsets, sizes, PARTS, JAGGED)
+        h, first, num_q, kv_first, length, n_first, n_end = describe(unit, offsets, sizes, 1, JAGGED)
         column = h * stride_gh
         dq_base = dq_pointer + first.to(gl.int64) * stride_gt + column
         key_base = kv_first.to(gl.int64) * stride_gt + column

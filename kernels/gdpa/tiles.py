@@ -6,7 +6,7 @@ docs/kernels-tried.md has the measurements behind each rule.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -111,7 +111,7 @@ _FORWARD: dict[tuple[str, bool], Tiles] = {
     ("window", False): Tiles(128, 64, 8, 3),
     ("window", True): Tiles(128, 64, 8, 3),
 }
-_SHORT = Tiles(64, 64, 4, 1, eager=True)  # forward at D > 64 of keys in one tile and queries in two
+_SHORT = replace(_FORWARD["64", True], eager=True)  # of such keys and queries in two tiles
 _FEW_ROWS = Tiles(32, 64, 4, 1)  # backward at D <= 16: an example's queries and keys are one tile each
 _BACKWARD: dict[tuple[str, bool], Tiles] = {
     ("16", False): Tiles(64, 16, 4, 2),

@@ -86,6 +86,17 @@ def _produce(
     announce((-1, 0, 0, 0), news, told)
 
 
+@gluon.jit
+def _consume(
+    grads, norms, num_kv, inner, outer, h, boxes, tiles, barriers, news,
+    D: gl.constexpr, H: gl.constexpr, N: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
+):  # fmt: skip
+    if N == 64:
+        consume_few_keys(grads, norms, num_kv, inner, outer, h, boxes, tiles, barriers, news, D, H, ACTIVATION, APPROX)
+    else:
+        consume_many_keys(grads, norms, num_kv, inner, outer, h, boxes, tiles, barriers, news, D, H, ACTIVATION, APPROX)
+
+
 @gluon.jit(do_not_specialize=["num_rows", "num_examples", "num_kv", "num_teams"])
 def _gdpa_block_bwd_hopper_kernel(
     s, out, do, k, v, ds, dk, dv, ds_pointer, dk_pointer, dv_pointer, norms, offsets, tickets, boxes,
@@ -96,7 +107,7 @@ def _gdpa_block_bwd_hopper_kernel(
     """s to dv are the copy engine's descriptors, of 64 rows, and those of keys of N.
 
     A program takes its place in a team off `tickets`, as in forward; there must be no more programs than run at once.
-    `tickets` (int32) and `boxes` (int64) hold zeros. `num_kv` is at most N.
+    `tickets` (int32) and `boxes` (int64) hold zeros. `num_kv` is at most N. All tensors but norms are bf16.
     """
     TYPE: gl.constexpr = s.dtype
     KV_PLACES: gl.constexpr = 128 // N
@@ -124,21 +135,11 @@ def _gdpa_block_bwd_hopper_kernel(
     boxes = (first_box, second_box)
     grads = (ds, dk, dv, ds_pointer, dk_pointer, dv_pointer)
     copies = (s, out, do, k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h, tiles, barriers, news)
-    if N == 64:
-        gl.warp_specialize(
-            [
-                (consume_few_keys, (grads, norms, num_kv, inner, outer, h, boxes, tiles, barriers, news,
-                                    D, H, ACTIVATION, APPROX)),
-                (_produce, copies),
-            ],
-            [1], [PRODUCER_REGISTERS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (consume_many_keys, (grads, norms, num_kv, inner, outer, h, boxes, tiles, barriers, news,
-                                     D, H, ACTIVATION, APPROX)),
-                (_produce, copies),
-            ],
-            [1], [PRODUCER_REGISTERS],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume, (grads, norms, num_kv, inner, outer, h, boxes, tiles, barriers, news, D, H, N,
+                        ACTIVATION, APPROX)),
+            (_produce, copies),
+        ],
+        [1], [PRODUCER_REGISTERS],
+    )  # fmt: skip

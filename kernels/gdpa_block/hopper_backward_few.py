@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.gdpa.hopper_backward_groups import activate_or_bare, common_factors, zero_rows
-from kernels.gdpa_block.hopper_backward_tiles import next_tile, put_out
+from kernels.gdpa_block.hopper_backward_tiles import next_tile, norms_of, put_out
 from kernels.gdpa_block.hopper_mailbox import GROUPS, ask, ask_pair, own_place, read_asked, read_pair_asked
 from kernels.gdpa_block.hopper_pairs import (
     PAIR_ROW,
@@ -43,17 +43,6 @@ from kernels.gdpa_block.hopper_pairs import (
     whole,
 )
 from kernels.hopper_ring import ROWS, all_warps
-
-
-@gluon.jit
-def _norms_of(norms, row, left):
-    """mean, rstd and rms of each row of a tile: zeros past the example's end."""
-    row_M = gl.arange(0, ROWS, PAIR_ROW)
-    kept_M = norms + (row + row_M).to(gl.int64) * 3
-    mean_M = gl.load(kept_M, mask=row_M < left, other=0.0)
-    rstd_M = gl.load(kept_M + 1, mask=row_M < left, other=0.0)
-    rms_M = gl.load(kept_M + 2, mask=row_M < left, other=0.0)
-    return mean_M, rstd_M, rms_M
 
 
 @gluon.jit
@@ -137,7 +126,7 @@ def consume_few_keys(
     b, row, left, tile, told = next_tile(dk_pointer, dv_pointer, num_kv, column, 0, news, N, D, W)
     dk_ND = gl.full([N, D], 0.0, gl.float32, LAYOUT)
     dv_ND = gl.full([N, D], 0.0, gl.float32, LAYOUT)
-    mean_M, rstd_M, rms_M = _norms_of(norms, row, left)
+    mean_M, rstd_M, rms_M = norms_of(norms, row, left, PAIR_ROW)
     # Not rstd_M: a loop carries the names that its body gives another value than they came with, and this one's would
     # be the one it came with.
     rstd_before_M = gl.full([ROWS], 0.0, gl.float32, PAIR_ROW)
@@ -158,7 +147,7 @@ def consume_few_keys(
         b_after, row_after, left_after, tile_after, told = next_tile(
             dk_pointer, dv_pointer, num_kv, column, told, news, N, D, W
         )
-        mean_M, rstd_after_M, rms_after_M = _norms_of(norms, row_after, left_after)
+        mean_M, rstd_after_M, rms_after_M = norms_of(norms, row_after, left_after, PAIR_ROW)
         if is_first:
             mbarrier.wait(kv_full.index(at), items // KV_PLACES & 1)
             if num_kv < N:

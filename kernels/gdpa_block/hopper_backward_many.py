@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.gdpa.hopper_backward_groups import activate_or_bare, common_factors, zero_rows
-from kernels.gdpa_block.hopper_backward_tiles import next_tile, put_out
+from kernels.gdpa_block.hopper_backward_tiles import next_tile, norms_of, put_out
 from kernels.gdpa_block.hopper_mailbox import (
     GROUPS,
     ask,
@@ -34,9 +34,10 @@ from kernels.hopper_ring import ROWS, all_warps
 
 @gluon.jit
 def _unit(out_MD, s_MD):
-    """out - S in their own type, two numbers an instruction."""
-    SUBTRACT: gl.constexpr = "sub.rn.bf16x2 $0, $1, $2;" if s_MD.dtype == gl.bfloat16 else "sub.rn.f16x2 $0, $1, $2;"
-    unit_MD = gl.inline_asm_elementwise(SUBTRACT, "=r,r,r", [out_MD, s_MD], dtype=s_MD.dtype, is_pure=True, pack=2)
+    """out - S in bf16, two numbers an instruction."""
+    unit_MD = gl.inline_asm_elementwise(
+        "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", [out_MD, s_MD], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
     return unit_MD.to(gl.float32)
 
 
@@ -48,11 +49,7 @@ def _open(norms, box, zero, h, turn, row, left, tile, x_tiles, full, H: gl.const
     """
     s_tiles, out_tiles, do_tiles = x_tiles
     PLACES: gl.constexpr = full.shape[0]
-    row_M = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    kept_M = norms + (row + row_M).to(gl.int64) * 3
-    mean_M = gl.load(kept_M, mask=row_M < left, other=0.0)
-    rstd_M = gl.load(kept_M + 1, mask=row_M < left, other=0.0)
-    rms_M = gl.load(kept_M + 2, mask=row_M < left, other=0.0)
+    mean_M, rstd_M, rms_M = norms_of(norms, row, left, gl.SliceLayout(1, LAYOUT))
     place = tile % PLACES
     mbarrier.wait(full.index(place), tile // PLACES & 1)
     unit_MD = _unit(out_tiles.index(place).load(LAYOUT), s_tiles.index(place).load(LAYOUT))
@@ -109,14 +106,13 @@ def consume_many_keys(
     PLACES: gl.constexpr = full.shape[0]
     N: gl.constexpr = k_tiles.shape[1]
     TYPE: gl.constexpr = k_tiles.dtype
-    BARE: gl.constexpr = k_tiles.dtype == gl.bfloat16  # the range of fp16 is small
     W: gl.constexpr = H * D
     SHARES: gl.constexpr = H * GROUPS  # of a row's sums
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, D // GROUPS, 16])
     G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * GROUPS, 1], [16, D, 16])
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * GROUPS, 1], [16, ROWS, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    p_factor, ds_factor = common_factors(inner, outer, BARE, ACTIVATION)
+    p_factor, ds_factor = common_factors(inner, outer, True, ACTIVATION)
     column = h * D
     turn = 0  # query tiles so far
     items = 0  # examples so far
@@ -159,7 +155,7 @@ def consume_many_keys(
                 SHARES, LAYOUT,
             )  # fmt: skip
         s_NM = hopper.warpgroup_mma_wait(1, deps=[s])
-        p_NM, slope_NM = activate_or_bare(s_NM, inner, outer, BARE, ACTIVATION, APPROX)
+        p_NM, slope_NM = activate_or_bare(s_NM, inner, outer, True, ACTIVATION, APPROX)
         p = gl.convert_layout(p_NM.to(TYPE), gl.DotOperandLayout(0, G_LAYOUT, 2))
         dp_NM, slope_NM = hopper.warpgroup_mma_wait(0, deps=[dp, slope_NM])
         ds_tile.store((slope_NM * dp_NM).to(TYPE))

@@ -1,6 +1,6 @@
-"""What the GDPA block's backward kernels on Hopper share, in Gluon: the next query tile, and how a tile is stored.
+"""What the GDPA block's backward kernels on Hopper share, in Gluon: a query tile and its norms, a tile's way out.
 
-Shape letters: N rows of the tile of keys, D = 128 head width, W = H D numbers of a row.
+Shape letters: M = 64 rows of a query tile, N rows of the tile of keys, D = 128 head width, W = H D numbers of a row.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -10,7 +10,18 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kernels.hopper_ring import store, store_rows, take
+from kernels.hopper_ring import ROWS, store, store_rows, take
+
+
+@gluon.jit
+def norms_of(norms, row, left, LAYOUT: gl.constexpr):
+    """mean, rstd and rms of each row of a query tile: zeros past the example's end. LAYOUT: of a row's numbers."""
+    row_M = gl.arange(0, ROWS, LAYOUT)
+    kept_M = norms + (row + row_M).to(gl.int64) * 3
+    mean_M = gl.load(kept_M, mask=row_M < left, other=0.0)
+    rstd_M = gl.load(kept_M + 1, mask=row_M < left, other=0.0)
+    rms_M = gl.load(kept_M + 2, mask=row_M < left, other=0.0)
+    return mean_M, rstd_M, rms_M
 
 
 @gluon.jit

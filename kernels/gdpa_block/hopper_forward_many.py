@@ -90,31 +90,33 @@ def _produce_queries(s, offsets, num_rows, num_examples, team, num_teams, h, s_t
 
 
 @gluon.jit
+def _copy_parts(x, row, h, items, full, empty, tiles):
+    """Start the copies of an example's keys or values, all its tiles, once their place is empty."""
+    PLACES: gl.constexpr = empty.shape[0]
+    PARTS: gl.constexpr = full.shape[0] // PLACES
+    N: gl.constexpr = tiles.shape[1]
+    D: gl.constexpr = tiles.shape[2]
+    place = items % PLACES
+    mbarrier.wait(empty.index(place), (items // PLACES & 1) ^ 1)
+    for part in gl.static_range(PARTS):
+        at = place * PARTS + part
+        copy_in(x, row + part * N, h * D, full.index(at), tiles.index(at), True)
+
+
+@gluon.jit
 def _produce_keys(k, v, offsets, num_rows, num_examples, num_kv, team, num_teams, h, kv_tiles, full, empty):
     """The warp that has keys and values copied, of the examples that the team has tiles of."""
     k_tiles, v_tiles = kv_tiles
     k_full, v_full = full
     k_empty, v_empty = empty
-    PARTS: gl.constexpr = k_full.shape[0] // k_empty.shape[0]
-    PLACES: gl.constexpr = k_empty.shape[0]
-    N: gl.constexpr = k_tiles.shape[1]
-    D: gl.constexpr = k_tiles.shape[2]
     begin, end, b = _share(offsets, num_rows, num_examples, team, num_teams)
     items = 0
     first = gl.load(offsets + b)
     while first < end:
         num_q, m_first, m_end = _tiles_of(offsets, b, first, begin, end)
         if m_first < m_end:
-            place = items % PLACES
-            phase = (items // PLACES & 1) ^ 1
-            mbarrier.wait(k_empty.index(place), phase)
-            for part in gl.static_range(PARTS):
-                at = place * PARTS + part
-                copy_in(k, b * num_kv + part * N, h * D, k_full.index(at), k_tiles.index(at), True)
-            mbarrier.wait(v_empty.index(place), phase)
-            for part in gl.static_range(PARTS):
-                at = place * PARTS + part
-                copy_in(v, b * num_kv + part * N, h * D, v_full.index(at), v_tiles.index(at), True)
+            _copy_parts(k, b * num_kv, h, items, k_full, k_empty, k_tiles)
+            _copy_parts(v, b * num_kv, h, items, v_full, v_empty, v_tiles)
             items += 1
         b += 1
         first += num_q

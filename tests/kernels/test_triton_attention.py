@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import LENGTHS, offsets_of
 from torch import Tensor
-from triton_cases import BOUNDS, DEVICE, FLOAT64_PRODUCTS, LOW, check, poisoned
+from triton_cases import BOUNDS, DEVICE, FLOAT64_PRODUCTS, LOW, check, poisoned, results_of
 
 from kernels.attention import launch
 from kernels.attention.hopper import backward_tiles
@@ -102,14 +102,8 @@ def test_what_the_hopper_kernels_refuse_is_left_to_triton(seeds: int | None, mon
 def test_backward_kernels_of_hopper(
     width: int, window: int | None, seeds: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, taken = "seeds_backward_on_hopper" if seeds else "window_on_hopper", []
-    real = getattr(launch, name)
-
-    def spied(*args: object) -> object:
-        taken.append(real(*args))
-        return taken[-1]
-
-    monkeypatch.setattr(launch, name, spied)
+    name = "seeds_backward_on_hopper" if seeds else "window_on_hopper"
+    taken = results_of(launch, name, monkeypatch)
     compare([0, 1, 63, 64, 65, 130, 257, 3] * 22, seeds=seeds, window=window, width=width, dtype=LOW)  # 528 programs
     assert len(taken) == 1
     assert taken[0] is not None

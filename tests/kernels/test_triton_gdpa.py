@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import LENGTHS, offsets_of
 from torch import Tensor
-from triton_cases import BOUNDS, DEVICE, LOW, check, poisoned
+from triton_cases import BOUNDS, DEVICE, LOW, check, poisoned, results_of
 
 from kernels.gdpa import ACTIVATIONS, hopper, launch
 from kernels.gdpa.launch import backward, forward, gdpa_triton
@@ -169,17 +169,11 @@ def test_windows_go_to_hoppers_kernel_if_queries_and_keys_have_the_same_offsets(
 def test_backward_kernel_of_hopper(
     width: int, kv: int | list[int], lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = []
-
-    def spied(*args: object) -> bool:
-        taken.append(hopper.backward_on_hopper(*args))
-        return taken[-1]
-
+    taken = results_of(launch, "backward_on_hopper", monkeypatch)
     monkeypatch.setattr("kernels.gdpa.tiles.ENOUGH_PROGRAMS", 1)
     monkeypatch.setattr(hopper, "_ENOUGH_ELEMENTS", 0)
     monkeypatch.setattr(hopper, "_ENOUGH_QUERIES", 0)
     monkeypatch.setattr(launch, "hopper_rings", hopper.hopper_rings.__wrapped__)
-    monkeypatch.setattr(launch, "backward_on_hopper", spied)
     kv = kv if isinstance(kv, int) else kv[: len(lengths)]
     compare(lengths, kv, width=width, dtype=LOW)
     assert taken == [True]

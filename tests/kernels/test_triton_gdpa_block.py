@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import LENGTHS, offsets_of
 from torch import Tensor
-from triton_cases import BOUNDS, DEVICE, FLOAT64_PRODUCTS, LOW, check, poisoned
+from triton_cases import BOUNDS, DEVICE, FLOAT64_PRODUCTS, LOW, check, poisoned, results_of
 
 from kernels.gdpa_block import hopper, launch
 from kernels.gdpa_block.launch import gdpa_block_triton
@@ -39,19 +39,11 @@ def compare(lengths, *, activation="gelu_tanh", dtype=torch.float32, **sizes) ->
     check("out ds dk dv", run(gdpa_block_triton, tensors, lengths, activation), expected, BOUNDS[dtype])
 
 
-def results_of(function: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+def results_on_hopper(function: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What this launch of Hopper's kernels returns from now on, which may take small problems, too."""
-    results: list[object] = []
-    real = getattr(hopper, function)
-
-    def spied(*args: object) -> object:
-        results.append(real(*args))
-        return results[-1]
-
-    monkeypatch.setattr(launch, function, spied)
     monkeypatch.setattr(hopper, "_ENOUGH_ELEMENTS", 0)
     monkeypatch.setattr(hopper, "_ENOUGH_QUERIES", 0)
-    return results
+    return results_of(launch, function, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
@@ -81,7 +73,7 @@ def test_an_activation_for_each_head() -> None:
 def test_one_kernel_whose_heads_exchange_sums(
     heads: int, width: int, kv: int, dtype: torch.dtype, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = results_of("forward_on_hopper", monkeypatch)
+    taken = results_on_hopper("forward_on_hopper", monkeypatch)
     compare(lengths, heads=heads, width=width, kv=kv, dtype=dtype)
     assert taken == [sum(lengths) > 0]
 
@@ -96,7 +88,7 @@ def test_one_kernel_whose_heads_exchange_sums(
 def test_backward_in_one_kernel_whose_heads_exchange_sums(
     heads: int, kv: int, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = results_of("backward_on_hopper", monkeypatch)
+    taken = results_on_hopper("backward_on_hopper", monkeypatch)
     compare(lengths, heads=heads, width=128, kv=kv, dtype=LOW)
     assert [found is not None for found in taken] == [sum(lengths) > 0]
     tensors = inputs(lengths, heads=heads, width=128, kv=kv, dtype=LOW)

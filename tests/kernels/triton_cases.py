@@ -1,10 +1,12 @@
-"""What the Triton tests share: device, types, bounds, and outputs poisoned before a kernel writes them."""
+"""What the Triton tests share: device, types, bounds, outputs poisoned before a kernel writes them, a spy."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,6 +32,19 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def results_of(module: Any, function: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What this function of a module returns from now on, call by call."""
+    results: list[Any] = []
+    real = getattr(module, function)
+
+    def spied(*args: object) -> object:
+        results.append(real(*args))
+        return results[-1]
+
+    monkeypatch.setattr(module, function, spied)
+    return results
 
 
 def check(names: str, actual: list[Tensor], expected: list[Tensor], bound: float) -> None:
