@@ -117,6 +117,28 @@ def take(news, at, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def example(turn, num_examples, offsets):
+    """The example that is taken in a turn: as they come, but the last 32 longest first, so that programs end together.
+
+    Not all of them: long examples keep the tensor cores busy and short ones the memory, so they had better be mixed.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    b = turn
+    tail = gl.maximum(num_examples - 32, 0)
+    if turn >= tail:
+        lane = gl.arange(0, 32, LAYOUT)
+        exists = tail + lane < num_examples
+        first = gl.load(offsets + tail + lane, mask=exists, other=0)
+        length = gl.load(offsets + tail + lane + 1, mask=exists, other=-1) - first
+        key = gl.minimum(length, 2**26 - 1) * 32 + (31 - lane)  # no two are alike
+        next_key = gl.max(key, 0)
+        for _ in range(turn - tail):
+            next_key = gl.max(gl.where(key < next_key, key, -(2**31)), 0)
+        b = tail + 31 - (next_key & 31)
+    return b
+
+
+@gluon.jit
 def produce(
     q, k, v, q_offsets, kv_offsets, counter, num_items, num_parts, num_heads, num_q_each, num_kv_each, window,
     tiles, barriers, news,
@@ -136,9 +158,11 @@ def produce(
     tile = 0  # query tiles so far
     at = 0  # key tiles so far
     count = 0  # items so far
+    offsets = kv_offsets if SHARED else q_offsets
+    num_examples = num_items // num_parts // num_heads
     item = gl.program_id(0)
     while item < num_items:
-        b, h = item // num_parts // num_heads, item // num_parts % num_heads
+        b, h = example(item // num_parts // num_heads, num_examples, offsets), item // num_parts % num_heads
         m_first = item % num_parts * (GROUPS * ROWS)
         q_first, first, num_q = b * 0, b * num_q_each, num_q_each
         if not SHARED:

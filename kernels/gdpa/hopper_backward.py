@@ -20,18 +20,18 @@ from kernels.hopper_ring import barriers_of, news_of
 
 @gluon.jit
 def _group(
-    grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
+    grads, pointers, num_kv, inner, outer, units, tiles, made, barriers, exchange,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr, KEPT: gl.constexpr,
     PARTS: gl.constexpr, JAGGED: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     if KEPT > 0:
-        turns_group(grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
+        turns_group(grads, pointers, num_kv, inner, outer, units, tiles, made, barriers, exchange,
                     stride_gt, stride_gh, GROUP, JAGGED, ACTIVATION, APPROX)  # fmt: skip
     elif tiles[0].shape[2] == 64:
-        narrow_group(grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
+        narrow_group(grads, pointers, num_kv, inner, outer, units, tiles, made, barriers, exchange,
                      stride_gt, stride_gh, GROUP, JAGGED, ACTIVATION, APPROX)  # fmt: skip
     else:
-        wide_group(grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
+        wide_group(grads, pointers, num_kv, inner, outer, units, tiles, made, barriers, exchange,
                    stride_gt, stride_gh, GROUP, PARTS, JAGGED, ACTIVATION, APPROX)  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def _gdpa_bwd_hopper_kernel(
         if KEPT > 0:
             kept_tiles = gl.allocate_shared_memory(TYPE, [KEPT, M, D], KEPT_LAYOUT)
         made = (ds_tiles, kept_tiles, gl.allocate_shared_memory(TYPE, [2, M, D if KEPT > 0 else D // 2], dq.layout))
-    units = news_of(2, 1, 2)
+    units = news_of(2, 5 if JAGGED else 4, 2)
     q_full, do_full, kv_full = barriers_of(SLOTS, 1), barriers_of(SLOTS, 1), barriers_of(PLACES, 4)
     kv_empty = kv_full  # not read
     if PLACES > 1:
@@ -83,10 +83,10 @@ def _gdpa_bwd_hopper_kernel(
     grads, pointers = (dq, dk, dv), (dq_pointer, dk_pointer, dv_pointer)
     gl.warp_specialize(
         [
-            (_group, (grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers,
+            (_group, (grads, pointers, num_kv, inner, outer, units, tiles, made, barriers,
                       (full_0, full_1, free_0, free_1), stride_gt, stride_gh, 0, KEPT,
                       PARTS, JAGGED, ACTIVATION, APPROX)),
-            (_group, (grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers,
+            (_group, (grads, pointers, num_kv, inner, outer, units, tiles, made, barriers,
                       (full_1, full_0, free_1, free_0), stride_gt, stride_gh, 1, KEPT,
                       PARTS, JAGGED, ACTIVATION, APPROX)),
             (produce, (q, k, v, do, counter, offsets, sizes, num_units, units, tiles, barriers,

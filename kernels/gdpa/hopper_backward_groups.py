@@ -126,7 +126,7 @@ def _keep_dk_dv(dk, dv, dk_ND, dv_ND, own_k, own_v, kv_first, n, h, own_free, t,
 
 @gluon.jit
 def narrow_group(
-    grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
+    grads, pointers, num_kv, inner, outer, units, tiles, made, barriers, exchange,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr,
     JAGGED: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
@@ -153,9 +153,9 @@ def narrow_group(
     t = 0
     pair = 0
     i = 0
-    (unit,) = take(units, i, 1)
-    while unit < num_units:
-        h, first, num_q, kv_first, length, n_first, n_end = describe(unit, offsets, sizes, 1, JAGGED)
+    found = take(units, i, 5 if JAGGED else 4)
+    while found[0] >= 0:
+        h, first, num_q, kv_first, length, n_first, n_end = describe(found, num_kv, 1)
         dq_base = dq_pointer + first.to(gl.int64) * stride_gt + h * stride_gh + GROUP * HALF
         column = h * stride_gh + GROUP * HALF
         key_base = kv_first.to(gl.int64) * stride_gt + h * stride_gh
@@ -250,13 +250,13 @@ def narrow_group(
         for m in range(0, gl.where(length > 0, 0, num_q), M):
             store_rows(dq_base, gl.full([M, HALF], 0.0, gl.float32, Q_LAYOUT), m, num_q, stride_gt, Q_LAYOUT)
         i += 1
-        (unit,) = take(units, i, 1)
+        found = take(units, i, 5 if JAGGED else 4)
     tma.store_wait(0)
 
 
 @gluon.jit
 def wide_group(
-    grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
+    grads, pointers, num_kv, inner, outer, units, tiles, made, barriers, exchange,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr,
     PARTS: gl.constexpr, JAGGED: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
@@ -288,9 +288,9 @@ def wide_group(
     t = 0
     pair = 0
     i = 0
-    (unit,) = take(units, i, 1)
-    while unit < num_units:
-        h, first, num_q, kv_first, length, n_first, n_end = describe(unit, offsets, sizes, PARTS, JAGGED)
+    found = take(units, i, 5 if JAGGED else 4)
+    while found[0] >= 0:
+        h, first, num_q, kv_first, length, n_first, n_end = describe(found, num_kv, PARTS)
         dq_base = dq_pointer + first.to(gl.int64) * stride_gt + h * stride_gh + GROUP * HALF
         column = h * stride_gh + GROUP * HALF
         key_base = kv_first.to(gl.int64) * stride_gt + h * stride_gh
@@ -372,5 +372,5 @@ def wide_group(
         for m in range(0, gl.where(length > 0, 0, num_q), M):
             store_rows(dq_base, gl.full([M, HALF], 0.0, gl.float32, Q_LAYOUT), m, num_q, stride_gt, Q_LAYOUT)
         i += 1
-        (unit,) = take(units, i, 1)
+        found = take(units, i, 5 if JAGGED else 4)
     tma.store_wait(0)

@@ -108,7 +108,7 @@ def _make_dq(
 
 @gluon.jit
 def turns_group(
-    grads, pointers, offsets, sizes, num_units, inner, outer, units, tiles, made, barriers, exchange,
+    grads, pointers, num_kv, inner, outer, units, tiles, made, barriers, exchange,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, GROUP: gl.constexpr,
     JAGGED: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
@@ -132,9 +132,9 @@ def turns_group(
     t = 0  # query tiles so far
     pair = 0  # key tiles so far
     i = 0
-    (unit,) = take(units, i, 1)
-    while unit < num_units:
-        h, first, num_q, kv_first, length, n_first, n_end = describe(unit, offsets, sizes, 1, JAGGED)
+    found = take(units, i, 5 if JAGGED else 4)
+    while found[0] >= 0:
+        h, first, num_q, kv_first, length, n_first, n_end = describe(found, num_kv, 1)
         column = h * stride_gh
         dq_base = dq_pointer + first.to(gl.int64) * stride_gt + column
         key_base = kv_first.to(gl.int64) * stride_gt + column
@@ -242,5 +242,5 @@ def turns_group(
         for m in range(GROUP * M, gl.where(length > 0, 0, num_q), 2 * M):
             store_rows(dq_base, gl.full([M, D], 0.0, gl.float32, LAYOUT), m, num_q, stride_gt, LAYOUT)
         i += 1
-        (unit,) = take(units, i, 1)
+        found = take(units, i, 5 if JAGGED else 4)
     tma.store_wait(0)

@@ -8,35 +8,46 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from kernels.hopper_ring import announce, copy_in, give_back
+from kernels.hopper_ring import announce, copy_in, example, give_back
 
 M = gl.constexpr(64)  # queries of a tile
 N = gl.constexpr(128)  # keys of a tile
 
 
 @gluon.jit
-def describe(unit, offsets, sizes, PARTS: gl.constexpr, JAGGED: gl.constexpr):
-    """Head, first row and number of queries and of keys, first and end of the unit's keys.
+def _find(turn, num_units, offsets, sizes, PARTS: gl.constexpr, JAGGED: gl.constexpr):
+    """Of the unit that is taken in this turn, for `describe`: head and part as one number, first row and number of
+    queries, first row of keys, and if these are JAGGED their number. Past the last unit -1, and nothing else is meant.
 
     An example of more keys than `longest` has none, and no queries.
     """
     q_offsets, kv_offsets = offsets
     num_heads, num_kv, longest = sizes
-    item = unit // PARTS
-    b, h = item // num_heads, item % num_heads
+    each = PARTS * num_heads
+    b = example(gl.minimum(turn, num_units - 1) // each, num_units // each, q_offsets)
+    place = gl.where(turn < num_units, turn % each, -1)
     first = gl.load(q_offsets + b)
     num_q = gl.load(q_offsets + b + 1) - first
-    kv_first, length = b * num_kv, num_kv
     if JAGGED:
         kv_first = gl.load(kv_offsets + b)
         length = gl.load(kv_offsets + b + 1) - kv_first
         num_q = gl.where(length <= longest, num_q, 0)
         length = gl.where(length <= longest, length, 0)
+        return place, first, num_q, kv_first, length
+    else:
+        return place, first, num_q, b * num_kv
+
+
+@gluon.jit
+def describe(found, num_kv, PARTS: gl.constexpr):
+    """Head, first row and number of queries and of keys, first and end of the unit's keys."""
+    place, first, num_q, kv_first = found[0], found[1], found[2], found[3]
+    length = found[4] if len(found) > 4 else num_kv
     n_first, n_end = 0, length
     if PARTS > 1:
-        n_first = unit % PARTS * N
+        n_first = place % PARTS * N
         n_end = gl.minimum(length, n_first + N)
-    return h, first, num_q, kv_first, length, n_first, n_end
+    return place // PARTS, first, num_q, kv_first, length, n_first, n_end
 
 
 @gluon.jit
@@ -90,10 +101,10 @@ def produce(
     t = 0  # query tiles so far
     pair = 0  # key tiles so far
     i = 0
-    unit = gl.program_id(0)
-    announce((unit,), units, i)
-    while unit < num_units:
-        h, first, num_q, kv_first, _, n_first, n_end = describe(unit, offsets, sizes, PARTS, JAGGED)
+    found = _find(gl.program_id(0), num_units, offsets, sizes, PARTS, JAGGED)
+    announce(found, units, i)
+    while found[0] >= 0:
+        h, first, num_q, kv_first, _, n_first, n_end = describe(found, sizes[1], PARTS)
         if num_q == 0:
             n_end = n_first
         for n in range(n_first, n_end, N):
@@ -126,6 +137,7 @@ def produce(
                         _copy_both(k, kv_first + n, h * stride_kh, kv_full.index(0), k_tiles)
         # Not earlier: a program that is busy would keep a unit from the others.
         i += 1
-        unit = gl.num_programs(0) + gl.atomic_add(counter, 1)
-        announce((unit,), units, i)
+        turn = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        found = _find(turn, num_units, offsets, sizes, PARTS, JAGGED)
+        announce(found, units, i)
     give_back(counter)

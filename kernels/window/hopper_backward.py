@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.attention.hopper_forward import _is_cut, _visible
 from kernels.gdpa.triton_activations import activate_with_slope
-from kernels.hopper_ring import announce, barriers_of, copy_in, give_back, news_of, store_tile, take
+from kernels.hopper_ring import announce, barriers_of, copy_in, example, give_back, news_of, store_tile, take
 
 _R = gl.constexpr(64)
 
@@ -46,7 +46,7 @@ def _produce(
     count = 0  # items so far
     item = gl.program_id(0)
     while item < num_items:
-        b, h = item // num_heads, item % num_heads
+        b, h = example(item // num_heads, num_items // num_heads, offsets), item % num_heads
         first = gl.load(offsets + b)
         length = gl.load(offsets + b + 1) - first
         if length > 0:
