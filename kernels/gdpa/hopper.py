@@ -60,7 +60,6 @@ _BACKWARD: dict[tuple[str, bool], HopperRings] = {
 }
 _ENOUGH_ELEMENTS = 2**25  # in all queries; with fewer the host takes longer than the card, and longer than for Triton's
 _ENOUGH_QUERIES = 192  # in an example, of wide heads, whose start and end cost most
-_MANY_QUERIES = 384  # likewise: key tiles one after another
 
 
 @functools.lru_cache(1024)
@@ -77,11 +76,9 @@ def hopper_rings(problem: Problem) -> HopperRings | None:
 def key_parts(problem: Problem) -> int:
     """Backward: programs that share an example's keys.
 
-    Two key tiles of wide heads, which are bound by memory, run side by side: both find the queries in the L2 cache. Of
-    many queries dQ is so large that zeroing it costs more than reading them twice.
+    Two key tiles of wide heads, which are bound by memory, run side by side: both find the queries in the L2 cache.
     """
-    many = problem.query_rows >= _MANY_QUERIES * problem.num_examples
-    return 2 if problem.width > 64 and problem.key_class == "256" and not many else 1
+    return 2 if problem.width > 64 and problem.key_class == "256" else 1
 
 
 def forward_on_hopper(
