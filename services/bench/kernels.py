@@ -16,6 +16,7 @@ from services.bench.document import heading
 from services.bench.kernel_baselines import baselines
 from services.bench.kernel_shapes import SHAPES, Case, Shape, flops, least_bytes, make_case
 
+_PARTS = ("fwd", "fwd_bwd")
 _REPEATS = 20
 _FLUSH_BYTES = 256 << 20  # several times any L2
 _DATASHEET = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}  # dense bf16 FLOP/s, bytes/s
@@ -32,6 +33,9 @@ def run(
     compile_seconds: float = 600.0,
 ) -> dict[str, Any]:
     """Measure the registered shapes, print a line each, and return (and write) the result.
+
+    Rows of small shapes hold host time, which varies: everything is timed twice, our passes the second time beside
+    their baselines, and the lower median counts.
 
     Args:
         op: only this op's shapes.
@@ -165,16 +169,28 @@ def _error(case: Case) -> float:
     return max(errors) if all(error == error for error in errors) else float("nan")
 
 
+def _keep_lower(row: dict[str, Any], median: float, p90: float) -> None:
+    """A pass's second time, if it is lower."""
+    if median < row["value"]:
+        row["tflops"] *= row["value"] / median
+        row["roofline_share"] = row["roofline_ms"] / median
+        row["public_ratio"] = row["public_ms"] / median if row["public_ms"] else None
+        row["value"], row["p90"] = median, p90
+
+
 def _add_baselines(
     shape: Shape, rows: list[dict[str, Any]], timer: _Timer, device: torch.device, compiled: bool
 ) -> None:
     """The fastest baseline becomes the row's `baseline`; all are kept beside it."""
     case = make_case(shape, device)
+    of_part = {part: next(r for r in rows if r["name"] == f"{shape.op}.{shape.name}.{part}") for part in _PARTS}
+    for part, run_pass in _passes(case.call(), case.leaves, case.grad).items():
+        _keep_lower(of_part[part], *timer(run_pass))
     for name, function, leaves, grad in baselines(case, compiled=compiled):
         for part, run_pass in _passes(function, leaves, grad).items():
-            row = next(r for r in rows if r["name"] == f"{shape.op}.{shape.name}.{part}")
+            row = of_part[part]
             try:
-                row["baselines"][name] = timer(run_pass, repeats=7)[0]
+                row["baselines"][name] = min(timer(run_pass, repeats=7)[0] for _ in range(2))
             except torch.OutOfMemoryError:
                 row["baselines"][name] = None
                 torch.cuda.empty_cache()

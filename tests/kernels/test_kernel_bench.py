@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from das.errors import ConfigError
 from services.bench.kernel_baselines import baselines
 from services.bench.kernel_plot import draw_file
 from services.bench.kernel_shapes import SHAPES, Case, Shape, flops, least_bytes, make_case, pairs
-from services.bench.kernels import run
+from services.bench.kernels import _add_baselines, _measure_shape, run
 
 CPU = torch.device("cpu")
 
@@ -58,6 +60,27 @@ def test_unpadded_baselines_compute_what_ours_does(op: str, names: set[str]) -> 
     assert len(theirs) == len(names)
     for _, function, leaves, _ in theirs:
         assert (function(*leaves).float() - ours).norm() / ours.norm() < 1e-2
+
+
+def test_of_two_times_the_lower_counts_for_ours_and_for_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Case.call
+    monkeypatch.setattr(Case, "call", lambda case: functools.partial(call(case), backend="reference"))
+    shape = dataclasses.replace(SHAPES[0], examples=3, heads=2, width=16, queries=20, keys=8)
+    medians = iter([9.0, 8.0, 4.0, 16.0, 7.0, 5.0, 10.0, 12.0])  # ours; ours again; eager's two of each pass
+
+    def timer(function: Callable[[], object], repeats: int = 20) -> tuple[float, float]:
+        function()
+        median = next(medians)
+        return median, median + 0.5
+
+    rows = _measure_shape(shape, timer, {"ceiling_flops": 1e9, "ceiling_bytes": 1e9}, CPU)
+    before = dict(rows[0])
+    _add_baselines(shape, rows, timer, CPU, compiled=False)
+    forward, both = rows
+    assert (forward["value"], forward["p90"], forward["baseline_value"], forward["ratio"]) == (4.0, 4.5, 5.0, 1.25)
+    assert (both["value"], both["p90"], both["baseline_value"], both["ratio"]) == (8.0, 8.5, 10.0, 1.25)
+    for name in ("tflops", "roofline_share", "public_ratio"):
+        assert forward[name] == pytest.approx(before[name] * 9 / 4)
 
 
 def test_a_result_file_becomes_a_picture(tmp_path: Path) -> None:
