@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from kernels.gdpa.hopper_backward_groups import narrow_group, wide_group
 from kernels.gdpa.hopper_backward_turns import KEPT_LAYOUT, turns_group
-from kernels.gdpa.hopper_backward_units import M, produce
+from kernels.gdpa.hopper_backward_units import M, produce, words
 from kernels.hopper_ring import barriers_of, news_of
 
 
@@ -66,7 +66,7 @@ def _gdpa_bwd_hopper_kernel(
         if KEPT > 0:
             kept_tiles = gl.allocate_shared_memory(TYPE, [KEPT, M, D], KEPT_LAYOUT)
         made = (ds_tiles, kept_tiles, gl.allocate_shared_memory(TYPE, [2, M, D if KEPT > 0 else D // 2], dq.layout))
-    units = news_of(2, 5 if JAGGED else 4, 2)
+    units = news_of(2, words(JAGGED), 2)
     q_full, do_full, kv_full = barriers_of(SLOTS, 1), barriers_of(SLOTS, 1), barriers_of(PLACES, 4)
     kv_empty = kv_full  # not read
     if PLACES > 1:

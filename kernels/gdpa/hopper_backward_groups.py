@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from kernels.gdpa.hopper_backward_units import M, N, describe, query_tile
+from kernels.gdpa.hopper_backward_units import M, N, describe, query_tile, words
 from kernels.gdpa.triton_activations import activate_with_slope, bare_with_slope, slope_factors
 from kernels.hopper_ring import add, all_warps, store, store_rows, take
 
@@ -153,7 +153,7 @@ def narrow_group(
     t = 0
     pair = 0
     i = 0
-    found = take(units, i, 5 if JAGGED else 4)
+    found = take(units, i, words(JAGGED))
     while found[0] >= 0:
         h, first, num_q, kv_first, length, n_first, n_end = describe(found, num_kv, 1)
         dq_base = dq_pointer + first.to(gl.int64) * stride_gt + h * stride_gh + GROUP * HALF
@@ -250,7 +250,7 @@ def narrow_group(
         for m in range(0, gl.where(length > 0, 0, num_q), M):
             store_rows(dq_base, gl.full([M, HALF], 0.0, gl.float32, Q_LAYOUT), m, num_q, stride_gt, Q_LAYOUT)
         i += 1
-        found = take(units, i, 5 if JAGGED else 4)
+        found = take(units, i, words(JAGGED))
     tma.store_wait(0)
 
 
@@ -288,7 +288,7 @@ def wide_group(
     t = 0
     pair = 0
     i = 0
-    found = take(units, i, 5 if JAGGED else 4)
+    found = take(units, i, words(JAGGED))
     while found[0] >= 0:
         h, first, num_q, kv_first, length, n_first, n_end = describe(found, num_kv, PARTS)
         dq_base = dq_pointer + first.to(gl.int64) * stride_gt + h * stride_gh + GROUP * HALF
@@ -372,5 +372,5 @@ def wide_group(
         for m in range(0, gl.where(length > 0, 0, num_q), M):
             store_rows(dq_base, gl.full([M, HALF], 0.0, gl.float32, Q_LAYOUT), m, num_q, stride_gt, Q_LAYOUT)
         i += 1
-        found = take(units, i, 5 if JAGGED else 4)
+        found = take(units, i, words(JAGGED))
     tma.store_wait(0)

@@ -30,7 +30,7 @@ from kernels.gdpa.hopper_backward_groups import (
     common_factors,
     take_keys,
 )
-from kernels.gdpa.hopper_backward_units import M, N, describe
+from kernels.gdpa.hopper_backward_units import M, N, describe, words
 from kernels.hopper_ring import store_rows, take
 
 # Of a 64 x 64 tile in shared memory, for a sum that each thread keeps for itself: its 32 numbers are four pieces of 16
@@ -132,7 +132,7 @@ def turns_group(
     t = 0  # query tiles so far
     pair = 0  # key tiles so far
     i = 0
-    found = take(units, i, 5 if JAGGED else 4)
+    found = take(units, i, words(JAGGED))
     while found[0] >= 0:
         h, first, num_q, kv_first, length, n_first, n_end = describe(found, num_kv, 1)
         column = h * stride_gh
@@ -242,5 +242,5 @@ def turns_group(
         for m in range(GROUP * M, gl.where(length > 0, 0, num_q), 2 * M):
             store_rows(dq_base, gl.full([M, D], 0.0, gl.float32, LAYOUT), m, num_q, stride_gt, LAYOUT)
         i += 1
-        found = take(units, i, 5 if JAGGED else 4)
+        found = take(units, i, words(JAGGED))
     tma.store_wait(0)

@@ -14,6 +14,12 @@ M = gl.constexpr(64)  # queries of a tile
 N = gl.constexpr(128)  # keys of a tile
 
 
+@gluon.constexpr_function
+def words(jagged):
+    """How many numbers tell of a unit."""
+    return 5 if jagged else 4
+
+
 @gluon.jit
 def _find(turn, num_units, offsets, sizes, PARTS: gl.constexpr, JAGGED: gl.constexpr):
     """Of the unit that is taken in this turn, for `describe`: head and part as one number, first row and number of
