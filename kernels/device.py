@@ -27,8 +27,9 @@ def load_rows(base, first, num_rows, stride, BLOCK: tl.constexpr, D: tl.constexp
 
 
 @triton.jit
-def load_evicted(base, first, num_rows, stride,
-          BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WHEN: tl.constexpr):  # fmt: skip
+def load_evicted(
+    base, first, num_rows, stride, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WHEN: tl.constexpr
+):
     """As `load_rows`; WHEN: when they leave the L2 cache, as `tl.load` calls it."""
     row = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)

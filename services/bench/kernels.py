@@ -16,7 +16,6 @@ from services.bench.document import heading
 from services.bench.kernel_baselines import baselines
 from services.bench.kernel_shapes import SHAPES, Case, Shape, flops, least_bytes, make_case
 
-_PARTS = ("fwd", "fwd_bwd")
 _REPEATS = 20
 _FLUSH_BYTES = 256 << 20  # several times any L2
 _DATASHEET = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}  # dense bf16 FLOP/s, bytes/s
@@ -77,6 +76,7 @@ def _measure(chosen: list[Shape], compiled: bool, seconds: float, compile_second
         if compiled and spent > compile_seconds:
             print(f"{s.op}.{s.name}: torch.compile left out, {compile_seconds:.0f} s are over", flush=True)
         _add_baselines(s, rows, timer, device, compiled and spent <= compile_seconds)
+    rows = [_finished(row) for row in rows]
     for row in rows:
         print(_line(row), flush=True)
     return _document(rows, rates)
@@ -126,6 +126,7 @@ def _passes(function: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor)
 
 
 def _measure_shape(shape: Shape, timer: _Timer, rates: dict[str, float], device: torch.device) -> list[dict[str, Any]]:
+    """What `_finished` makes a row of, one for each pass."""
     # Examples enough that the launch rules choose as they do for the whole shape.
     error = _error(make_case(shape, device, examples=-(-512 // shape.heads), seed=1))
     if not error <= _ERROR_BOUND:
@@ -142,13 +143,10 @@ def _measure_shape(shape: Shape, timer: _Timer, rates: dict[str, float], device:
             )
             for b in backward
         )
-        public = shape.public_ms[len(backward) - 1] if shape.public_ms else None
         rows.append({
-            "name": f"{shape.op}.{shape.name}.{name}", "value": median, "unit": "ms",
-            "baseline": None, "baseline_value": None, "ratio": None, "p90": p90,
-            "roofline_ms": roofline * 1e3, "roofline_share": roofline * 1e3 / median,
-            "tflops": sum(flops(case, backward=b) for b in backward) / median / 1e9,
-            "public_ms": public, "public_ratio": public / median if public else None,
+            "name": f"{shape.op}.{shape.name}.{name}", "value": median, "p90": p90, "roofline_ms": roofline * 1e3,
+            "flops": sum(flops(case, backward=b) for b in backward),
+            "public_ms": shape.public_ms[len(backward) - 1] if shape.public_ms else None,
             "error": error, "baselines": {},
         })  # fmt: skip
     return rows
@@ -169,36 +167,40 @@ def _error(case: Case) -> float:
     return max(errors) if all(error == error for error in errors) else float("nan")
 
 
-def _keep_lower(row: dict[str, Any], median: float, p90: float) -> None:
-    """A pass's second time, if it is lower."""
-    if median < row["value"]:
-        row["tflops"] *= row["value"] / median
-        row["roofline_share"] = row["roofline_ms"] / median
-        row["public_ratio"] = row["public_ms"] / median if row["public_ms"] else None
-        row["value"], row["p90"] = median, p90
-
-
 def _add_baselines(
     shape: Shape, rows: list[dict[str, Any]], timer: _Timer, device: torch.device, compiled: bool
 ) -> None:
-    """The fastest baseline becomes the row's `baseline`; all are kept beside it."""
+    """Time a shape's passes again, beside their baselines."""
     case = make_case(shape, device)
-    of_part = {part: next(r for r in rows if r["name"] == f"{shape.op}.{shape.name}.{part}") for part in _PARTS}
-    for part, run_pass in _passes(case.call(), case.leaves, case.grad).items():
-        _keep_lower(of_part[part], *timer(run_pass))
+    ours = _passes(case.call(), case.leaves, case.grad)
+    of_part = {part: next(r for r in rows if r["name"] == f"{shape.op}.{shape.name}.{part}") for part in ours}
+    for part, run_pass in ours.items():
+        row = of_part[part]
+        row["value"], row["p90"] = min((row["value"], row["p90"]), timer(run_pass))
     for name, function, leaves, grad in baselines(case, compiled=compiled):
         for part, run_pass in _passes(function, leaves, grad).items():
-            row = of_part[part]
             try:
-                row["baselines"][name] = min(timer(run_pass, repeats=7)[0] for _ in range(2))
+                median = min(timer(run_pass, repeats=7)[0] for _ in range(2))
             except torch.OutOfMemoryError:
-                row["baselines"][name] = None
+                median = None
                 torch.cuda.empty_cache()
-            measured = {n: ms for n, ms in row["baselines"].items() if ms is not None}
-            if measured:
-                row["baseline"] = min(measured, key=measured.__getitem__)
-                row["baseline_value"] = measured[row["baseline"]]
-                row["ratio"] = row["baseline_value"] / row["value"]
+            of_part[part]["baselines"][name] = median
+
+
+def _finished(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the result. The fastest baseline becomes its `baseline`; all are kept beside it."""
+    value, public = row["value"], row["public_ms"]
+    measured = {name: ms for name, ms in row["baselines"].items() if ms is not None}
+    fastest = min(measured, key=measured.__getitem__, default=None)
+    fastest_ms = measured[fastest] if fastest else None
+    return {
+        "name": row["name"], "value": value, "unit": "ms",
+        "baseline": fastest, "baseline_value": fastest_ms, "ratio": fastest_ms / value if fastest_ms else None,
+        "p90": row["p90"], "roofline_ms": row["roofline_ms"], "roofline_share": row["roofline_ms"] / value,
+        "tflops": row["flops"] / value / 1e9,
+        "public_ms": public, "public_ratio": public / value if public else None,
+        "error": row["error"], "baselines": row["baselines"],
+    }  # fmt: skip
 
 
 def _line(row: dict[str, Any]) -> str:

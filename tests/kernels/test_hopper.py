@@ -71,15 +71,15 @@ def test_hosts_know_what_device_code_counts_on() -> None:
 
 
 @pytest.mark.skipif(not is_hopper(DEVICE), reason="runs on Hopper alone")
-@pytest.mark.parametrize("length", [1, 5, 32, 33, 100])
-def test_examples_are_taken_once_each_and_the_last_ones_longest_first(length: int) -> None:
+@pytest.mark.parametrize("number", [1, 5, 32, 33, 100])
+def test_examples_are_taken_once_each_and_the_last_ones_longest_first(number: int) -> None:
     from hopper_turns import turns_kernel
 
-    lengths = ([7, 0, 300, 7, 2**26 + 5, 64, 0, 2**26 + 9, 63] * 12)[:length]
+    lengths = ([7, 0, 300, 7, 2**26 + 5, 64, 0, 2**26 + 9, 63] * 12)[:number]
     offsets = torch.tensor([0, *lengths], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
-    found = torch.full((length,), -1, dtype=torch.int32, device=DEVICE)
-    turns_kernel[(length,)](offsets, found, length, num_warps=1)
-    tail = range(max(length - 32, 0), length)
+    found = torch.full((number,), -1, dtype=torch.int32, device=DEVICE)
+    turns_kernel[(number,)](offsets, found, number, num_warps=1)
+    tail = range(max(number - 32, 0), number)
     last = sorted(tail, key=lambda i: -min(lengths[i], 2**26 - 1))
     assert found.tolist() == [*range(tail.start), *last]
 

@@ -15,7 +15,7 @@ from das.errors import ConfigError
 from services.bench.kernel_baselines import baselines
 from services.bench.kernel_plot import draw_file
 from services.bench.kernel_shapes import SHAPES, Case, Shape, flops, least_bytes, make_case, pairs
-from services.bench.kernels import _add_baselines, _measure_shape, run
+from services.bench.kernels import _add_baselines, _finished, _measure_shape, run
 
 CPU = torch.device("cpu")
 
@@ -74,9 +74,9 @@ def test_of_two_times_the_lower_counts_for_ours_and_for_baselines(monkeypatch: p
         return median, median + 0.5
 
     rows = _measure_shape(shape, timer, {"ceiling_flops": 1e9, "ceiling_bytes": 1e9}, CPU)
-    before = dict(rows[0])
+    before = _finished(rows[0])
     _add_baselines(shape, rows, timer, CPU, compiled=False)
-    forward, both = rows
+    forward, both = map(_finished, rows)
     assert (forward["value"], forward["p90"], forward["baseline_value"], forward["ratio"]) == (4.0, 4.5, 5.0, 1.25)
     assert (both["value"], both["p90"], both["baseline_value"], both["ratio"]) == (8.0, 8.5, 10.0, 1.25)
     for name in ("tflops", "roofline_share", "public_ratio"):
