@@ -56,18 +56,20 @@ def _gdpa_bwd_hopper_kernel(
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, M], TYPE)
     q_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, M, D], q.layout)
     do_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, M, D], do.layout)
-    k_tiles = gl.allocate_shared_memory(TYPE, [2 * PLACES, 64, D], k.layout)
-    v_tiles = gl.allocate_shared_memory(TYPE, [2 * PLACES, 64, D], v.layout)
     if D == 128:
+        k_tiles = gl.allocate_shared_memory(TYPE, [4, 64, D], k.layout)
+        v_tiles = k_tiles
         made = gl.allocate_shared_memory(TYPE, [2 * (SWAPS + 2), 64, M], DS_LAYOUT)
     else:
+        k_tiles = gl.allocate_shared_memory(TYPE, [2 * PLACES, 64, D], k.layout)
+        v_tiles = gl.allocate_shared_memory(TYPE, [2 * PLACES, 64, D], v.layout)
         ds_tiles = gl.allocate_shared_memory(TYPE, [2 * SWAPS, 64, M], DS_LAYOUT)
         kept_tiles = ds_tiles
         if KEPT > 0:
             kept_tiles = gl.allocate_shared_memory(TYPE, [KEPT, M, D], KEPT_LAYOUT)
         made = (ds_tiles, kept_tiles, gl.allocate_shared_memory(TYPE, [2, M, D if KEPT > 0 else D // 2], dq.layout))
     units = news_of(2, words(JAGGED), 2)
-    q_full, do_full, kv_full = barriers_of(SLOTS, 1), barriers_of(SLOTS, 1), barriers_of(PLACES, 4)
+    q_full, do_full, kv_full = barriers_of(SLOTS, 1), barriers_of(SLOTS, 1), barriers_of(2, 2 if D == 128 else 4)
     kv_empty = kv_full  # not read
     if PLACES > 1:
         kv_empty = barriers_of(PLACES, 2)

@@ -80,6 +80,16 @@ def take_keys(own_k, own_v, full, pair, own_n, length):
 
 
 @gluon.jit
+def _take(own, full, phase, own_n, length):
+    """Wait for this group's keys or values."""
+    mbarrier.wait(full, phase)
+    if own_n + 64 > length:
+        zero_rows(own, own_n, length)
+        hopper.fence_async_shared()
+        all_warps()
+
+
+@gluon.jit
 def _wait_for_stores():
     """All that this thread stored, through the copy engine or not, comes before what the copy engine does next."""
     gl.inline_asm_elementwise(
@@ -267,7 +277,7 @@ def wide_group(
     """
     dq, dk, dv = grads
     dq_pointer, dk_pointer, dv_pointer = pointers
-    q_tiles, do_tiles, k_tiles, v_tiles = tiles
+    q_tiles, do_tiles, k_tiles, _ = tiles
     q_full, do_full, empty, kv_full, _ = barriers
     own_full, other_full, own_free, other_free = exchange
     SLOTS: gl.constexpr = q_tiles.shape[0]
@@ -304,8 +314,10 @@ def wide_group(
                 dq_MD = gl.full([M, HALF], 0.0, gl.float32, Q_LAYOUT)
                 dk_ND, dv_ND, s_NM, dq_MD = hopper.warpgroup_mma_wait(0, deps=[dk_ND, dv_ND, s_NM, dq_MD])
                 dk_sum, dv_sum = hopper.warpgroup_mma_init(dk_ND), hopper.warpgroup_mma_init(dv_ND)
-                take_keys(k_tiles.index(GROUP), v_tiles.index(GROUP), kv_full, pair, own_n, length)
-                s = _start(k_tiles.index(GROUP), q_tiles, q_full, t, s_NM, True)
+                at = pair % 2
+                _take(k_tiles.index(2 * at + GROUP), kv_full.index(0), at, own_n, length)
+                s = _start(k_tiles.index(2 * at + GROUP), q_tiles, q_full, t, s_NM, True)
+                _take(k_tiles.index(2 - 2 * at + GROUP), kv_full.index(1), at, own_n, length)
                 if n > n_first:
                     _wait_for_stores()
                 tma.store_wait(0)
@@ -315,8 +327,9 @@ def wide_group(
                     m = query_tile(step, n, num_q, D, PARTS)
                     # 0 that changes with m for all the compiler knows: addresses are computed where they are used.
                     zero = (num_q - m) >> 31
-                    own_k, own_v = k_tiles.index(GROUP + zero), v_tiles.index(GROUP + zero)
-                    other_k = k_tiles.index(1 - GROUP + zero)
+                    at = 2 * (pair % 2) + zero
+                    own_k, own_v = k_tiles.index(at + GROUP), k_tiles.index(2 - at + GROUP)
+                    other_k = k_tiles.index(at + 1 - GROUP)
                     q_t, do_t = q_tiles.index(t % SLOTS), do_tiles.index(t % SLOTS)
                     more = step + M < num_q
                     swap, phase = t % SWAPS, t // SWAPS & 1

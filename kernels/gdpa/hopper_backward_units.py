@@ -76,10 +76,10 @@ def _copy_keys(k, v, row, k_column, v_column, full, k_tiles, v_tiles, at):
 
 
 @gluon.jit
-def _copy_both(x, row, column, full, tiles):
-    """Start the copy of a tile of keys or values, both groups'."""
+def _copy_both(x, row, column, full, tiles, at):
+    """Start the copy of a tile of keys or values, both groups', to place `at` and the next."""
     for c in gl.static_range(2):
-        copy_in(x, row + c * 64, column, full, tiles.index(c), True)
+        copy_in(x, row + c * 64, column, full, tiles.index(at + c), True)
 
 
 @gluon.jit
@@ -103,7 +103,7 @@ def produce(
     q_tiles, do_tiles, k_tiles, v_tiles = tiles
     q_full, do_full, empty, kv_full, kv_empty = barriers
     SLOTS: gl.constexpr = q_tiles.shape[0]
-    PLACES: gl.constexpr = k_tiles.shape[0] // 2
+    PLACES: gl.constexpr = 1 if q_tiles.shape[2] == 128 else k_tiles.shape[0] // 2
     t = 0  # query tiles so far
     pair = 0  # key tiles so far
     i = 0
@@ -119,7 +119,6 @@ def produce(
                 at = pair % PLACES
                 mbarrier.wait(kv_empty.index(at), (pair // PLACES & 1) ^ 1)
                 _copy_keys(k, v, kv_first + n, h * stride_kh, h * stride_vh, kv_full, k_tiles, v_tiles, at)
-                pair += 1
             for step in range(0, num_q, M):
                 m = query_tile(step, n, num_q, q_tiles.shape[2], PARTS)
                 slot = t % SLOTS
@@ -134,13 +133,16 @@ def produce(
                 t += 1
                 if PLACES == 1:  # noqa: SIM102
                     # After two tiles of queries, whose places are free earlier. V's place is when both groups have left
-                    # dS of the last query tile before, K's when both are done with that. The barriers of two tiles
-                    # earlier are complete: a group arrives there before it frees that tile's place, which is full now.
+                    # dS of the last query tile before, and is the next K's; K's is when both are done with that. The
+                    # barriers of two tiles earlier are complete: a group arrives there before it frees that tile's
+                    # place, which is full now.
                     if step == gl.minimum(M, (num_q - 1) // M * M):
+                        at = 2 * (pair % 2)
                         _wait_for_both(exchange[0], exchange[1], before)
-                        _copy_both(v, kv_first + n, h * stride_vh, kv_full.index(0), v_tiles)
+                        _copy_both(k, kv_first + n, h * stride_kh, kv_full.index(0), k_tiles, at)
                         _wait_for_both(exchange[2], exchange[3], before)
-                        _copy_both(k, kv_first + n, h * stride_kh, kv_full.index(0), k_tiles)
+                        _copy_both(v, kv_first + n, h * stride_vh, kv_full.index(1), k_tiles, 2 - at)
+            pair += 1
         # Not earlier: a program that is busy would keep a unit from the others.
         i += 1
         turn = gl.num_programs(0) + gl.atomic_add(counter, 1)
