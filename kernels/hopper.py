@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.jagged import MAX_SPLITS, shares
+
+LAST_EXAMPLES = 32  # that are taken longest first (`kernels.hopper_ring.example`)
 ROWS = 64  # of a query tile that one group of warps takes
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -72,6 +75,24 @@ def described(tensors: Sequence[Tensor], rows: Sequence[int], columns: int | Non
         width = columns or x.shape[-1]
         found.append(descriptor(TensorDescriptor, x, view, [n, width], _layout(n, width, x.dtype)))
     return found
+
+
+def shared_out(num_examples: int, num_heads: int, width: int, num_tiles: int) -> tuple[int, int, int]:
+    """A forward's items: how many, how many of them are whole (example, head) pairs, in how many parts the others come.
+
+    Whole ones come first. Of few pairs all are shared out by query tiles, as far as fills the card; else of wide heads
+    the examples that are taken last, so that programs end together.
+
+    Args:
+        num_tiles: query tiles of an example in the mean.
+    """
+    pairs = num_examples * num_heads
+    whole, parts = 0, shares(pairs, num_tiles)
+    if parts == 1:
+        is_wide = width > 64
+        whole = pairs - is_wide * min(num_examples, LAST_EXAMPLES) * num_heads
+        parts = max(1, min(num_tiles, MAX_SPLITS)) if is_wide else 1
+    return whole + (pairs - whole) * parts, whole, parts
 
 
 def counter(device: torch.device) -> Tensor:

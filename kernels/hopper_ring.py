@@ -2,10 +2,10 @@
 
 `produce`, `pass_by` and `allocate` are of GDPA's and softmax attention's forward alone, and so is what follows.
 
-Shape letters: H heads, D head width, N rows of a key tile. An item is an example and a head, or one of `num_parts` that
-share out its query tiles. These are taken one after another, GROUPS x 64 rows, 64 to a group; for each, all key tiles
-pass by in a ring of stages that all groups read. The groups are not in step: while one computes weights, others have
-products in flight. A program that is done with an item takes another off a counter.
+Shape letters: H heads, D head width, N rows of a key tile. An item is an example and a head, or after the first
+`num_whole` one of `num_parts` that share out its query tiles. These are taken one after another, GROUPS x 64 rows, 64
+to a group; for each, all key tiles pass by in a ring of stages that all groups read. The groups are not in step: while
+one computes weights, others have products in flight. A program that is done with an item takes another off a counter.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -140,15 +140,16 @@ def example(turn, num_examples, offsets):
 
 @gluon.jit
 def produce(
-    q, k, v, q_offsets, kv_offsets, counter, num_items, num_parts, num_heads, num_q_each, num_kv_each, window,
-    tiles, barriers, news,
+    q, k, v, q_offsets, kv_offsets, counter, num_items, num_whole, num_parts, num_heads, num_q_each, num_kv_each,
+    window, tiles, barriers, news,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr,
     GROUPS: gl.constexpr, SHARED: gl.constexpr, JAGGED: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """The warp that takes items and has their tiles copied, as far ahead as there is room.
 
     SHARED: the same `num_q_each` queries serve every example; else they are jagged. JAGGED: keys are; else every
-    example has `num_kv_each`. `counter` is two int32 that are 0 before and after the kernel.
+    example has `num_kv_each`. A part's queries end where the next part's begin. `counter` is two int32 that are 0
+    before and after the kernel.
     """
     q_tiles, k_tiles, v_tiles, _ = tiles
     q_full, q_empty, k_full, v_full, empty = barriers
@@ -159,11 +160,17 @@ def produce(
     at = 0  # key tiles so far
     count = 0  # items so far
     offsets = kv_offsets if SHARED else q_offsets
-    num_examples = num_items // num_parts // num_heads
+    num_examples = num_items // num_heads
+    if num_parts > 1:
+        num_examples = (num_whole + (num_items - num_whole) // num_parts) // num_heads
     item = gl.program_id(0)
     while item < num_items:
-        b, h = example(item // num_parts // num_heads, num_examples, offsets), item // num_parts % num_heads
-        m_first = item % num_parts * (GROUPS * ROWS)
+        pair, part = item, 0
+        if num_parts > 1:
+            rest = gl.maximum(item - num_whole, 0)
+            pair = gl.minimum(item, num_whole) + rest // num_parts
+            part = rest % num_parts
+        b, h = example(pair // num_heads, num_examples, offsets), pair % num_heads
         q_first, first, num_q = b * 0, b * num_q_each, num_q_each
         if not SHARED:
             first = gl.load(q_offsets + b)
@@ -172,8 +179,13 @@ def produce(
         if JAGGED:
             kv_first = gl.load(kv_offsets + b)
             length = gl.load(kv_offsets + b + 1) - kv_first
+        m_first = 0
+        if num_parts > 1:
+            share = gl.cdiv(num_q, GROUPS * ROWS * gl.where(item < num_whole, 1, num_parts)) * (GROUPS * ROWS)
+            m_first = part * share
+            num_q = gl.minimum(num_q, m_first + share)
         announce((item, h, first, num_q, length, m_first), news, count)
-        for m in range(m_first, num_q, num_parts * (GROUPS * ROWS)):
+        for m in range(m_first, num_q, GROUPS * ROWS):
             slot = tile % Q_SLOTS
             mbarrier.wait(q_empty.index(slot), (tile // Q_SLOTS & 1) ^ 1)
             for group in gl.static_range(GROUPS):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.hopper import ROWS, HopperTiles, counter, described, engine_view, multiprocessors
-from kernels.jagged import ENOUGH_PROGRAMS, shares
+from kernels.hopper import ROWS, HopperTiles, counter, described, engine_view, multiprocessors, shared_out
+from kernels.jagged import ENOUGH_PROGRAMS
 from kernels.window.hopper import SHORT_ROWS, window_backward_on_hopper, window_slots
 
 _SMALL_WINDOW = 128  # up to it small tiles are faster: less of them is masked
@@ -72,11 +72,12 @@ def forward_on_hopper(
     from kernels.launcher import launch
 
     num_examples, num_heads = offsets.shape[0] - 1, q.shape[1]
-    num_parts = shares(num_examples * num_heads, -(-out.shape[0] // (num_examples * tiles.groups * ROWS)))
-    items = num_examples * num_heads * num_parts
+    num_tiles = -(-out.shape[0] // (num_examples * tiles.groups * ROWS))
+    items, num_whole, num_parts = shared_out(num_examples, num_heads, q.shape[2], num_tiles)
     launch(
         _softmax_fwd_hopper_kernel, (min(items, multiprocessors(q.device)),),
-        *engine, out, lse, offsets, counter(q.device), items, num_parts, num_heads, q.shape[0], window or 0, scale_log2,
+        *engine, out, lse, offsets, counter(q.device),
+        items, num_whole, num_parts, num_heads, q.shape[0], window or 0, scale_log2,
         stride_qh=q.stride(1), stride_kh=k.stride(1), stride_vh=v.stride(1),
         stride_ot=out.stride(0), stride_oh=out.stride(1),
         D=q.shape[2], BLOCK_N=tiles.block_n, SLOTS=tiles.slots, GROUPS=tiles.groups, REGISTERS=tiles.registers,

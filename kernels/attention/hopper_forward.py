@@ -70,7 +70,7 @@ def _softmax(
 
 @gluon.jit
 def _consume(
-    out, out_pointer, lse, num_items, num_parts, num_heads, window, scale_log2, tiles, barriers, news,
+    out, out_pointer, lse, num_items, num_heads, window, scale_log2, tiles, barriers, news,
     stride_ot: gl.constexpr, stride_oh: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """One group: 64 rows of every query tile."""
@@ -89,7 +89,7 @@ def _consume(
     count = 0
     item, h, first, num_q, length, m_first = take(news, count, 6)
     while item < num_items:
-        for tile_row in range(m_first, num_q, num_parts * (GROUPS * ROWS)):
+        for tile_row in range(m_first, num_q, GROUPS * ROWS):
             m = tile_row + GROUP * ROWS
             lo, hi = key_range(tile_row, GROUPS * ROWS, length, window, N, WINDOW)
             own_lo, own_hi = lo, hi
@@ -150,9 +150,10 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["window", "num_items"])
+@gluon.jit(do_not_specialize=["window", "num_items", "num_whole"])
 def _softmax_fwd_hopper_kernel(
-    q, k, v, out, out_pointer, lse, offsets, counter, num_items, num_parts, num_heads, num_shared, window, scale_log2,
+    q, k, v, out, out_pointer, lse, offsets, counter, num_items, num_whole, num_parts, num_heads, num_shared, window,
+    scale_log2,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr,
     stride_ot: gl.constexpr, stride_oh: gl.constexpr,
     D: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
@@ -164,26 +165,28 @@ def _softmax_fwd_hopper_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (out, out_pointer, lse, num_items, num_parts, num_heads, window, scale_log2,
+                (_consume, (out, out_pointer, lse, num_items, num_heads, window, scale_log2,
                             tiles, barriers, news, stride_ot, stride_oh, 0, GROUPS, WINDOW)),
-                (_consume, (out, out_pointer, lse, num_items, num_parts, num_heads, window, scale_log2,
+                (_consume, (out, out_pointer, lse, num_items, num_heads, window, scale_log2,
                             tiles, barriers, news, stride_ot, stride_oh, 1, GROUPS, WINDOW)),
-                (produce, (q, k, v, offsets, offsets, counter, num_items, num_parts, num_heads, num_shared, 0, window,
-                           tiles, barriers, news, stride_qh, stride_kh, stride_vh, GROUPS, SHARED, True, WINDOW)),
+                (produce, (q, k, v, offsets, offsets, counter, num_items, num_whole, num_parts, num_heads, num_shared,
+                           0, window, tiles, barriers, news, stride_qh, stride_kh, stride_vh,
+                           GROUPS, SHARED, True, WINDOW)),
             ],
             [4, 1], [REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consume, (out, out_pointer, lse, num_items, num_parts, num_heads, window, scale_log2,
+                (_consume, (out, out_pointer, lse, num_items, num_heads, window, scale_log2,
                             tiles, barriers, news, stride_ot, stride_oh, 0, GROUPS, WINDOW)),
-                (_consume, (out, out_pointer, lse, num_items, num_parts, num_heads, window, scale_log2,
+                (_consume, (out, out_pointer, lse, num_items, num_heads, window, scale_log2,
                             tiles, barriers, news, stride_ot, stride_oh, 1, GROUPS, WINDOW)),
-                (_consume, (out, out_pointer, lse, num_items, num_parts, num_heads, window, scale_log2,
+                (_consume, (out, out_pointer, lse, num_items, num_heads, window, scale_log2,
                             tiles, barriers, news, stride_ot, stride_oh, 2, GROUPS, WINDOW)),
-                (produce, (q, k, v, offsets, offsets, counter, num_items, num_parts, num_heads, num_shared, 0, window,
-                           tiles, barriers, news, stride_qh, stride_kh, stride_vh, GROUPS, SHARED, True, WINDOW)),
+                (produce, (q, k, v, offsets, offsets, counter, num_items, num_whole, num_parts, num_heads, num_shared,
+                           0, window, tiles, barriers, news, stride_qh, stride_kh, stride_vh,
+                           GROUPS, SHARED, True, WINDOW)),
             ],
             [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip

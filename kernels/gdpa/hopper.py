@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kernels.gdpa.tiles import Problem
-from kernels.hopper import ROWS, HopperTiles, counter, described, multiprocessors
+from kernels.hopper import ROWS, HopperTiles, counter, described, multiprocessors, shared_out
 from kernels.window.hopper import SHORT_ROWS, window_backward_on_hopper, window_slots
 
 
@@ -100,12 +100,12 @@ def forward_on_hopper(
 
     q, k, v, out = qkvo
     num_heads = q.shape[1]
-    num_parts = problem.query_splits(tiles.groups * ROWS)
-    items = problem.num_examples * num_heads * num_parts
+    num_tiles = problem.query_tiles(tiles.groups * ROWS)
+    items, num_whole, num_parts = shared_out(problem.num_examples, num_heads, problem.width, num_tiles)
     launch(
         _gdpa_fwd_hopper_kernel, (min(items, multiprocessors(q.device)),),
         *engine, out, q_offsets, q_offsets if kv_offsets is None else kv_offsets, counter(q.device),
-        items, num_parts, num_heads, problem.dense_keys or 0, problem.window or 0, inner, outer,
+        items, num_whole, num_parts, num_heads, problem.dense_keys or 0, problem.window or 0, inner, outer,
         stride_qh=q.stride(-2), stride_kh=k.stride(-2), stride_vh=v.stride(-2),
         stride_ot=out.stride(0), stride_oh=out.stride(1),
         D=problem.width, BLOCK_N=tiles.block_n, SLOTS=tiles.slots, GROUPS=tiles.groups, REGISTERS=tiles.registers,

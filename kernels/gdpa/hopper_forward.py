@@ -48,7 +48,7 @@ def weights(
 
 @gluon.jit
 def _consume(
-    out, out_pointer, num_items, num_parts, window, inner, outer, tiles, barriers, news,
+    out, out_pointer, num_items, window, inner, outer, tiles, barriers, news,
     stride_ot: gl.constexpr, stride_oh: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
     WINDOW: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def _consume(
     count = 0
     item, h, first, num_q, length, m_first = take(news, count, 6)
     while item < num_items:
-        for tile_row in range(m_first, num_q, num_parts * (GROUPS * ROWS)):
+        for tile_row in range(m_first, num_q, GROUPS * ROWS):
             m = tile_row + GROUP * ROWS
             lo, hi = key_range(tile_row, GROUPS * ROWS, length, window, N, WINDOW)
             own_lo, own_hi = lo, hi
@@ -123,10 +123,10 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["window", "num_items"])
+@gluon.jit(do_not_specialize=["window", "num_items", "num_whole"])
 def _gdpa_fwd_hopper_kernel(
-    q, k, v, out, out_pointer, q_offsets, kv_offsets, counter, num_items, num_parts, num_heads, num_kv, window,
-    inner, outer,
+    q, k, v, out, out_pointer, q_offsets, kv_offsets, counter, num_items, num_whole, num_parts, num_heads, num_kv,
+    window, inner, outer,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr,
     stride_ot: gl.constexpr, stride_oh: gl.constexpr,
     D: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
@@ -138,11 +138,11 @@ def _gdpa_fwd_hopper_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (out, out_pointer, num_items, num_parts, window, inner, outer, tiles, barriers, news,
+                (_consume, (out, out_pointer, num_items, window, inner, outer, tiles, barriers, news,
                             stride_ot, stride_oh, 0, GROUPS, WINDOW, ACTIVATION, APPROX)),
-                (_consume, (out, out_pointer, num_items, num_parts, window, inner, outer, tiles, barriers, news,
+                (_consume, (out, out_pointer, num_items, window, inner, outer, tiles, barriers, news,
                             stride_ot, stride_oh, 1, GROUPS, WINDOW, ACTIVATION, APPROX)),
-                (produce, (q, k, v, q_offsets, kv_offsets, counter, num_items, num_parts, num_heads, 0,
+                (produce, (q, k, v, q_offsets, kv_offsets, counter, num_items, num_whole, num_parts, num_heads, 0,
                            num_kv, window, tiles, barriers, news, stride_qh, stride_kh, stride_vh,
                            GROUPS, False, JAGGED, WINDOW)),
             ],
@@ -151,13 +151,13 @@ def _gdpa_fwd_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (out, out_pointer, num_items, num_parts, window, inner, outer, tiles, barriers, news,
+                (_consume, (out, out_pointer, num_items, window, inner, outer, tiles, barriers, news,
                             stride_ot, stride_oh, 0, GROUPS, WINDOW, ACTIVATION, APPROX)),
-                (_consume, (out, out_pointer, num_items, num_parts, window, inner, outer, tiles, barriers, news,
+                (_consume, (out, out_pointer, num_items, window, inner, outer, tiles, barriers, news,
                             stride_ot, stride_oh, 1, GROUPS, WINDOW, ACTIVATION, APPROX)),
-                (_consume, (out, out_pointer, num_items, num_parts, window, inner, outer, tiles, barriers, news,
+                (_consume, (out, out_pointer, num_items, window, inner, outer, tiles, barriers, news,
                             stride_ot, stride_oh, 2, GROUPS, WINDOW, ACTIVATION, APPROX)),
-                (produce, (q, k, v, q_offsets, kv_offsets, counter, num_items, num_parts, num_heads, 0,
+                (produce, (q, k, v, q_offsets, kv_offsets, counter, num_items, num_whole, num_parts, num_heads, 0,
                            num_kv, window, tiles, barriers, news, stride_qh, stride_kh, stride_vh,
                            GROUPS, False, JAGGED, WINDOW)),
             ],

@@ -70,11 +70,11 @@ class Problem:
 
     def query_splits(self, block_m: int) -> int:
         """Programs that share an example's queries when keys stay on chip: as few as fill the card."""
-        return shares(self.num_examples * self.num_heads, self._tiles(block_m))
+        return shares(self.num_examples * self.num_heads, self.query_tiles(block_m))
 
     def tile_splits(self, block: int) -> int:
         """Programs per example when each takes one tile, if lengths are within twice their mean; longer ones loop."""
-        return max(1, min(2 * self._tiles(block), MAX_SPLITS))
+        return max(1, min(2 * self.query_tiles(block), MAX_SPLITS))
 
     @property
     def enough_examples(self) -> bool:
@@ -87,7 +87,7 @@ class Problem:
             return -(-(tiles.block_m + 2 * self.window) // tiles.block_n) + 1
         return None if self.dense_keys is None else -(-self.dense_keys // tiles.block_n)
 
-    def _tiles(self, block: int) -> int:
+    def query_tiles(self, block: int) -> int:
         return -(-self.query_rows // (max(self.num_examples, 1) * block))
 
 
