@@ -118,9 +118,8 @@ def window_on_hopper(tensors: tuple[Tensor, ...], window: int | None, scales: tu
     slots = window_slots(q.dtype, q.shape[2], num_examples * q.shape[1], short, window)
     if slots is None or any(engine_view(x) is None for x in (q, k, v, grad)):
         return False
-    sums = lse, _delta(out, grad, lse)
     return window_backward_on_hopper(
-        (q, k, v, grad), (dq, dk, dv), sums, offsets, window or 0, slots, "softmax", scales[::-1]
+        (q, k, v, grad), (dq, dk, dv), (out, lse), offsets, window or 0, slots, "softmax", scales[::-1]
     )
 
 

@@ -34,7 +34,7 @@ def window_slots(dtype: torch.dtype, width: int, programs: int, short: bool, win
 def window_backward_on_hopper(
     qkvg: Sequence[Tensor],
     grads: Sequence[Tensor],
-    sums: tuple[Tensor, Tensor] | None,
+    result: tuple[Tensor, Tensor] | None,
     offsets: Tensor,
     window: int,
     slots: int,
@@ -44,12 +44,12 @@ def window_backward_on_hopper(
     """Fill dQ, dK and dV of self-attention; False, with nothing done, where a tensor's layout forbids it.
 
     Args:
-        sums: softmax's base-2 log-sums and rowsum(dO * O); None for GDPA.
+        result: softmax's, contiguous, and its base-2 log-sums; None for GDPA.
         activation: "softmax", or the name of one of GDPA's.
         scales: GDPA's inner and outer; softmax's scale times log2(e), and its scale.
     """
     q, k, v, grad = qkvg
-    lse, delta = sums or (q, q)  # GDPA reads neither
+    out, lse = result or (q, q)  # GDPA reads neither
     engine = described((*qkvg, *grads), [ROWS] * 7)
     if engine is None:
         return False
@@ -60,7 +60,7 @@ def window_backward_on_hopper(
     items = (offsets.shape[0] - 1) * num_heads
     launch(
         _window_bwd_hopper_kernel, (min(items, multiprocessors(q.device)),),
-        *engine, *grads, lse, delta, offsets, counter(q.device), items, num_heads, window, *scales,
+        *engine, *grads, out, lse, offsets, counter(q.device), items, num_heads, window, *scales,
         stride_qh=q.stride(1), stride_kh=k.stride(1), stride_vh=v.stride(1), stride_doh=grad.stride(1),
         stride_gt=stride_gt, stride_gh=stride_gh,
         D=q.shape[2], SLOTS=slots, REGISTERS=REGISTERS, ACTIVATION=activation, APPROX=True, num_warps=4,

@@ -3,8 +3,8 @@
 Shape letters: D head width, H heads, R rows of a tile, C columns of its scores, both 64. One warp has tiles of K, V, Q
 and dO copied into rings of SLOTS tiles each, in order. Two groups of four warps walk along the example: one by query
 tile, for dQ, and one by key tile, for dK and dV. A tile stays until neither group's window needs it any more. The
-groups exchange nothing: each computes its own scores, 7 products in all, and one's weights overlap with the other's
-products.
+groups exchange no tiles: each computes its own scores, 7 products in all, and one's weights overlap with the other's
+products. Of softmax the first tells the second delta = rowsum(dO * O), from tiles of O that it reads itself.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from kernels.attention.hopper_forward import _is_cut, _visible
 from kernels.gdpa.triton_activations import activate_with_slope
-from kernels.hopper_ring import announce, barriers_of, copy_in, example, give_back, news_of, store_tile, take
+from kernels.hopper_ring import all_warps, announce, barriers_of, copy_in, example, give_back, news_of, store_tile, take
 
 _R = gl.constexpr(64)
 
@@ -32,13 +32,12 @@ def _near(tile, num_tiles, window):
 
 @gluon.jit
 def _produce(
-    q, k, v, do, lse, delta, offsets, counter, num_items, num_heads, tiles, sums, barriers, news,
+    q, k, v, do, lse, offsets, counter, num_items, num_heads, tiles, lse_tiles, barriers, news,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
     SOFTMAX: gl.constexpr,
 ):  # fmt: skip
     """One warp: takes items off the counter and has their tiles copied as far ahead as the rings have room."""
     q_tiles, do_tiles, k_tiles, v_tiles = tiles
-    lse_tiles, delta_tiles = sums
     q_full, q_empty, k_full, k_empty = barriers
     SLOTS: gl.constexpr = q_tiles.shape[0]
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -58,7 +57,6 @@ def _produce(
                 row_R = row + gl.arange(0, _R, FLAT)
                 of_row_R = (first + row_R).to(gl.int64) * num_heads + h
                 lse_R = gl.load(lse + of_row_R, mask=row_R < length, other=float("inf"))  # a weight of 0
-                delta_R = gl.load(delta + of_row_R, mask=row_R < length, other=0.0)
             mbarrier.wait(k_empty.index(slot), phase)
             copy_in(k, first + row, h * stride_kh, k_full.index(slot), k_tiles.index(slot), True)
             copy_in(v, first + row, h * stride_vh, k_full.index(slot), v_tiles.index(slot), True)
@@ -67,7 +65,6 @@ def _produce(
             copy_in(do, first + row, h * stride_doh, q_full.index(slot), do_tiles.index(slot), True)
             if SOFTMAX:
                 lse_tiles.index(slot).store(lse_R)
-                delta_tiles.index(slot).store(delta_R)
                 mbarrier.arrive(q_full.index(slot), count=1)
             at += 1
         # Not before this item's last copies are on their way: a program that is busy must not hold a second one.
@@ -90,16 +87,41 @@ def _start(x_tiles, x_full, u_tiles, u_full, own, other, is_new, exists, before,
 
 
 @gluon.jit
-def _less_delta(dp_RC, at, delta_tiles, KEYS: gl.constexpr):
+def _less_delta(dp_RC, at, sums, exists, KEYS: gl.constexpr):
     """What softmax's dP is added to: - delta of query tile number `at`, by rows or with KEYS by columns."""
     LAYOUT: gl.constexpr = dp_RC.type.layout
-    delta = delta_tiles.index(at % delta_tiles.shape[0]).load(gl.SliceLayout(0 if KEYS else 1, LAYOUT))
+    _, delta_tiles, delta_full = sums
+    SLOTS: gl.constexpr = delta_tiles.shape[0]
+    if KEYS:
+        mbarrier.wait(delta_full.index(at % SLOTS), at // SLOTS & 1, pred=exists)
+    delta = delta_tiles.index(at % SLOTS).load(gl.SliceLayout(0 if KEYS else 1, LAYOUT))
     return gl.full([_R, _R], 0.0, gl.float32, LAYOUT) - (delta[None, :] if KEYS else delta[:, None])
 
 
 @gluon.jit
+def _tile_of(out, row, length, stride: gl.constexpr, D: gl.constexpr):
+    """A tile of O from memory; zeros past the example's end."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
+    row_R = row + gl.arange(0, _R, gl.SliceLayout(1, LAYOUT))
+    d = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    return gl.load(out + (row_R[:, None] * stride + d[None, :]), mask=(row_R < length)[:, None], other=0.0)
+
+
+@gluon.jit
+def _leave_delta(o_RD, do_tiles, do_full, sums, at):
+    """rowsum(dO * O) of query tile number `at`, for both groups."""
+    _, delta_tiles, delta_full = sums
+    SLOTS: gl.constexpr = do_tiles.shape[0]
+    mbarrier.wait(do_full.index(at % SLOTS), at // SLOTS & 1)
+    do_RD = do_tiles.index(at % SLOTS).load(o_RD.type.layout)
+    delta_tiles.index(at % SLOTS).store(gl.sum(o_RD.to(gl.float32) * do_RD.to(gl.float32), 1))
+    all_warps()
+    mbarrier.arrive(delta_full.index(at % SLOTS), count=1)
+
+
+@gluon.jit
 def _walk(
-    grads, pointers, num_items, window, inner, outer, resident, streamed, sums, barriers, turns, staged, news,
+    grads, pointers, out, num_items, window, inner, outer, resident, streamed, sums, barriers, turns, staged, news,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr, KEYS: gl.constexpr, ACTIVATION: gl.constexpr,
     APPROX: gl.constexpr,
 ):  # fmt: skip
@@ -120,7 +142,7 @@ def _walk(
     G_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, G_LAYOUT, 2)
     SUMS: gl.constexpr = gl.SliceLayout(0 if KEYS else 1, S_LAYOUT)
-    lse_tiles, delta_tiles = sums
+    lse_tiles = sums[0]
     before = 0  # tiles of the items before
     count = 0
     pair = 0  # of tiles, so far
@@ -128,6 +150,10 @@ def _walk(
     while item < num_items:
         num_tiles = gl.cdiv(length, _R)
         base = first.to(gl.int64) * stride_gt + h * stride_gh
+        if SOFTMAX and not KEYS:
+            o_RD = _tile_of(out + base, 0, length, stride_gt, D)
+            next_o_RD = _tile_of(out + base, _R, length, stride_gt, D)
+            _leave_delta(o_RD, y_tiles, x_full, sums, before)
         # Through a wait: registers of a product must be written before the first one is in flight.
         zero_RD = gl.full([_R, D], 0.0, gl.float32, G_LAYOUT)
         zero_RC = gl.full([_R, _R], 0.0, gl.float32, S_LAYOUT)
@@ -136,7 +162,7 @@ def _walk(
         s = _start(x_tiles, x_full, u_tiles, u_full, before, before, True, True, s_RC, False)
         s_RC = hopper.warpgroup_mma_wait(0, deps=[s])
         if SOFTMAX:
-            dp_RC = _less_delta(dp_RC, before, delta_tiles, KEYS)
+            dp_RC = _less_delta(dp_RC, before, sums, True, KEYS)
         dp = _start(y_tiles, x_full, w_tiles, u_full, before, before, False, False, dp_RC, SOFTMAX)
         for i in range(num_tiles):
             lo, hi = _near(i, num_tiles, window)
@@ -144,6 +170,10 @@ def _walk(
             kept = gl.where(i + 1 < num_tiles, kept, num_tiles)
             place = (before + i) % SLOTS
             if SOFTMAX and not KEYS:
+                # A tile ahead: the other group, about in step, meets the next tile already.
+                if i + 1 < num_tiles:
+                    _leave_delta(next_o_RD, y_tiles, x_full, sums, before + i + 1)
+                next_o_RD = _tile_of(out + base, (i + 2) * _R, length, stride_gt, D)
                 lse = lse_tiles.index(place).load(SUMS)
             for j in range(lo, hi):
                 at = before + j
@@ -187,7 +217,7 @@ def _walk(
                     s_RC, dx_RD = hopper.warpgroup_mma_wait(0, deps=[s, dx_sum])
                 dx_sum = hopper.warpgroup_mma_init(dx_RD)
                 if SOFTMAX:
-                    dp_RC = _less_delta(dp_RC, other if KEYS else own, delta_tiles, KEYS)
+                    dp_RC = _less_delta(dp_RC, other if KEYS else own, sums, exists, KEYS)
                 dp = _start(y_tiles, x_full, w_tiles, u_full, own, other, False, False, dp_RC, SOFTMAX)
                 if not SOFTMAX:
                     mbarrier.arrive(turns[1], count=1)
@@ -218,16 +248,16 @@ def _walk(
 
 @gluon.jit(do_not_specialize=["window", "num_items"])
 def _window_bwd_hopper_kernel(
-    q, k, v, do, dq, dk, dv, dq_pointer, dk_pointer, dv_pointer, lse, delta, offsets, counter, num_items, num_heads,
-    window, inner, outer,
+    q, k, v, do, dq, dk, dv, dq_pointer, dk_pointer, dv_pointer, out_pointer, lse, offsets, counter, num_items,
+    num_heads, window, inner, outer,
     stride_qh: gl.constexpr, stride_kh: gl.constexpr, stride_vh: gl.constexpr, stride_doh: gl.constexpr,
     stride_gt: gl.constexpr, stride_gh: gl.constexpr,
     D: gl.constexpr, SLOTS: gl.constexpr, REGISTERS: gl.constexpr, ACTIVATION: gl.constexpr, APPROX: gl.constexpr,
 ):  # fmt: skip
     """q to dv are the copy engine's descriptors, of 64 rows. An item is an example and a head; a program that is done
     with one takes another off `counter`, two int32 that are 0 before and after. SLOTS: at least the tiles that one tile
-    meets. REGISTERS: of a thread that makes dK and dV. ACTIVATION "softmax" has base-2 log-sums `lse` and `delta` =
-    rowsum(dO * O), which others do not read."""
+    meets. REGISTERS: of a thread that makes dK and dV. ACTIVATION "softmax" has its result, laid out as the gradients
+    are, and base-2 log-sums `lse`, which others do not read."""
     TYPE: gl.constexpr = q.dtype
     SOFTMAX: gl.constexpr = ACTIVATION == "softmax"
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -245,18 +275,23 @@ def _window_bwd_hopper_kernel(
     q_turn, k_turn = q_full.index(0), k_full.index(0)  # not read
     if not SOFTMAX:
         q_turn, k_turn = barriers_of(1, 1).index(0), barriers_of(1, 1).index(0)
+    delta_full = q_full  # not read
+    if SOFTMAX:
+        delta_full = barriers_of(SLOTS, 1)
     hopper.fence_async_shared()
-    sums = (lse_tiles, delta_tiles)
+    sums = (lse_tiles, delta_tiles, delta_full)  # full: the query group leaves deltas, the copying warp log-sums
     gl.warp_specialize(
         [
-            (_walk, ((dq, dq), (dq_pointer, dq_pointer), num_items, window, inner, outer, (q_tiles, do_tiles),
-                     (k_tiles, v_tiles), sums, (q_full, q_empty, k_full, k_empty), (q_turn, k_turn), dq_tile, news,
+            (_walk, ((dq, dq), (dq_pointer, dq_pointer), out_pointer, num_items, window, inner, outer,
+                     (q_tiles, do_tiles), (k_tiles, v_tiles), sums, (q_full, q_empty, k_full, k_empty),
+                     (q_turn, k_turn), dq_tile, news,
                      stride_gt, stride_gh, False, ACTIVATION, APPROX)),
-            (_walk, ((dk, dv), (dk_pointer, dv_pointer), num_items, window, inner, outer, (k_tiles, v_tiles),
-                     (q_tiles, do_tiles), sums, (k_full, k_empty, q_full, q_empty), (k_turn, q_turn), dk_tile, news,
+            (_walk, ((dk, dv), (dk_pointer, dv_pointer), out_pointer, num_items, window, inner, outer,
+                     (k_tiles, v_tiles), (q_tiles, do_tiles), sums, (k_full, k_empty, q_full, q_empty),
+                     (k_turn, q_turn), dk_tile, news,
                      stride_gt, stride_gh, True, ACTIVATION, APPROX)),
-            (_produce, (q, k, v, do, lse, delta, offsets, counter, num_items, num_heads,
-                        (q_tiles, do_tiles, k_tiles, v_tiles), sums, (q_full, q_empty, k_full, k_empty), news,
+            (_produce, (q, k, v, do, lse, offsets, counter, num_items, num_heads,
+                        (q_tiles, do_tiles, k_tiles, v_tiles), lse_tiles, (q_full, q_empty, k_full, k_empty), news,
                         stride_qh, stride_kh, stride_vh, stride_doh, SOFTMAX)),
         ],
         [4, 1],
