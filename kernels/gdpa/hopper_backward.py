@@ -58,7 +58,7 @@ def _gdpa_bwd_hopper_kernel(
     do_tiles = gl.allocate_shared_memory(TYPE, [SLOTS, M, D], do.layout)
     if D == 128:
         k_tiles = gl.allocate_shared_memory(TYPE, [4, 64, D], k.layout)
-        v_tiles = k_tiles
+        v_tiles = k_tiles  # keys and values change places
         made = gl.allocate_shared_memory(TYPE, [2 * (SWAPS + 2), 64, M], DS_LAYOUT)
     else:
         k_tiles = gl.allocate_shared_memory(TYPE, [2 * PLACES, 64, D], k.layout)

@@ -68,23 +68,12 @@ def zero_rows(tile, n, length):
 
 
 @gluon.jit
-def take_keys(own_k, own_v, full, pair, own_n, length):
-    """Wait for this group's keys and values."""
-    PLACES: gl.constexpr = full.shape[0]
-    mbarrier.wait(full.index(pair % PLACES), pair // PLACES & 1)
-    if own_n + 64 > length:
-        zero_rows(own_k, own_n, length)
-        zero_rows(own_v, own_n, length)
-        hopper.fence_async_shared()
-        all_warps()
-
-
-@gluon.jit
-def _take(own, full, phase, own_n, length):
-    """Wait for this group's keys or values."""
+def take_keys(own, full, phase, own_n, length):
+    """Wait for tiles of this group's keys or values."""
     mbarrier.wait(full, phase)
     if own_n + 64 > length:
-        zero_rows(own, own_n, length)
+        for i in gl.static_range(len(own)):
+            zero_rows(own[i], own_n, length)
         hopper.fence_async_shared()
         all_warps()
 
@@ -187,7 +176,7 @@ def narrow_group(
                 dk_sum, dv_sum = hopper.warpgroup_mma_init(dk_ND), hopper.warpgroup_mma_init(dv_ND)
                 at = pair % PLACES
                 own_k, own_v = k_tiles.index(2 * at + GROUP), v_tiles.index(2 * at + GROUP)
-                take_keys(own_k, own_v, kv_full, pair, own_n, length)
+                take_keys((own_k, own_v), kv_full.index(at), pair // PLACES & 1, own_n, length)
                 s = _start(own_k, q_tiles, q_full, t, s_NM, True)
                 dp = _start(own_v, do_tiles, do_full, t, dp_NM, True)
                 p_before = p_a
@@ -273,7 +262,8 @@ def wide_group(
     """D = 128: as `narrow_group`, but P and dS are factors from shared memory, and there is one key tile on chip.
 
     `made` are four places for each group: two for dS, through which dK is stored too, and one for P and one for dQ,
-    through which dV is. So the next keys and values can come in meanwhile.
+    through which dV is. So the next keys and values can come in meanwhile: the keys to the place of the values, which
+    is free earlier, and the values to that of the keys.
     """
     dq, dk, dv = grads
     dq_pointer, dk_pointer, dv_pointer = pointers
@@ -315,9 +305,9 @@ def wide_group(
                 dk_ND, dv_ND, s_NM, dq_MD = hopper.warpgroup_mma_wait(0, deps=[dk_ND, dv_ND, s_NM, dq_MD])
                 dk_sum, dv_sum = hopper.warpgroup_mma_init(dk_ND), hopper.warpgroup_mma_init(dv_ND)
                 at = pair % 2
-                _take(k_tiles.index(2 * at + GROUP), kv_full.index(0), at, own_n, length)
+                take_keys((k_tiles.index(2 * at + GROUP),), kv_full.index(0), at, own_n, length)
                 s = _start(k_tiles.index(2 * at + GROUP), q_tiles, q_full, t, s_NM, True)
-                _take(k_tiles.index(2 - 2 * at + GROUP), kv_full.index(1), at, own_n, length)
+                take_keys((k_tiles.index(2 - 2 * at + GROUP),), kv_full.index(1), at, own_n, length)
                 if n > n_first:
                     _wait_for_stores()
                 tma.store_wait(0)

@@ -166,7 +166,7 @@ def turns_group(
                 dk_sum, dv_sum = hopper.warpgroup_mma_init(dk_ND), hopper.warpgroup_mma_init(dv_ND)
                 at = pair % PLACES
                 own_k, own_v = k_tiles.index(2 * at + GROUP), v_tiles.index(2 * at + GROUP)
-                take_keys(own_k, own_v, kv_full, pair, own_n, length)
+                take_keys((own_k, own_v), kv_full.index(at), pair // PLACES & 1, own_n, length)
                 s = _start(own_k, q_tiles, q_full, t, s_NM, True)
                 dp = _start(own_v, do_tiles, do_full, t, dp_NM, True)
                 p_before = p_a

@@ -19,7 +19,7 @@ from kernels.gdpa.hopper import hopper_rings, hopper_tiles, key_parts
 from kernels.gdpa.tiles import Problem
 from kernels.gdpa_block.hopper import BACKWARD_PLACES, FewTiles, ManyTiles, backward_keys
 from kernels.gdpa_block.hopper import forward_tiles as block_tiles
-from kernels.hopper import ROWS, HopperTiles, engine_view, is_hopper
+from kernels.hopper import ROWS, HopperTiles, engine_view, is_hopper, shared_out
 from kernels.window.hopper import REGISTERS, window_slots
 
 HERE = Path(__file__).parent
@@ -68,6 +68,24 @@ def test_hosts_know_what_device_code_counts_on() -> None:
     assert hopper_mailbox.TURNS.value == hopper._TURNS
     assert hopper_mailbox.GROUPS.value == hopper._GROUPS
     assert hopper_seeds_ring.N.value == hopper_seeds._KEYS
+
+
+@pytest.mark.parametrize(
+    ("examples", "heads", "width", "tiles", "expected"),
+    [
+        (1024, 4, 128, 4, (992 * 4 + 32 * 4 * 4, 992 * 4, 4)),  # the last 32 examples by query tiles
+        (1024, 4, 64, 4, (4096, 4096, 1)),
+        (200, 4, 128, 1, (800, 168 * 4, 1)),  # one tile an example
+        (20, 64, 128, 2, (20 * 64 * 2, 0, 2)),  # fewer than 32
+        (50, 4, 128, 5, (50 * 4 * 3, 0, 3)),  # all, to fill the card
+    ],
+)
+def test_items_of_a_forward_are_pairs_or_their_parts(
+    examples: int, heads: int, width: int, tiles: int, expected: tuple[int, int, int]
+) -> None:
+    items, whole, parts = shared_out(examples, heads, width, tiles)
+    assert (items, whole, parts) == expected
+    assert whole + (items - whole) // parts == examples * heads
 
 
 @pytest.mark.skipif(not is_hopper(DEVICE), reason="runs on Hopper alone")
