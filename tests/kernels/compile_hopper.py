@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -251,19 +253,31 @@ def assemble(ptx: str) -> str:
     raise RuntimeError(done.stderr)
 
 
+KINDS = {
+    "": (CASES, compile_forward),
+    "backward": (BACKWARD_CASES, compile_backward),
+    "block": (BLOCK_CASES, compile_block),
+    "block backward": (BLOCK_BACKWARD_CASES, compile_block_backward),
+    "softmax": (SOFTMAX_CASES, compile_softmax),
+    "seeds backward": (SEEDS_CASES, compile_seeds),
+    "window backward": (WINDOW_CASES, compile_window_backward),
+}
+
+
+def report(kind: str, case: tuple[Any, ...]) -> str:
+    """Of the kernels of one case."""
+    compiled: Callable[..., str | dict[str, str]] = KINDS[kind][1]
+    ptx = compiled(*case)
+    lines = []
+    for name, text in ptx.items() if isinstance(ptx, dict) else [("", ptx)]:
+        lines.append(" ".join(map(str, ("case", *f"{kind} {name}".split(), *case))))
+        lines.append(f"reused barriers {reused_barriers(text)}")
+        lines.append(assemble(text))
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    for kind, cases, compiled in (
-        ("", CASES, compile_forward),
-        ("backward", BACKWARD_CASES, compile_backward),
-        ("block", BLOCK_CASES, compile_block),
-        ("block backward", BLOCK_BACKWARD_CASES, compile_block_backward),
-        ("softmax", SOFTMAX_CASES, compile_softmax),
-        ("seeds backward", SEEDS_CASES, compile_seeds),
-        ("window backward", WINDOW_CASES, compile_window_backward),
-    ):
-        for case in cases:
-            ptx = compiled(*case)
-            for name, text in ptx.items() if isinstance(ptx, dict) else [("", ptx)]:
-                print("case", *f"{kind} {name}".split(), *case)
-                print("reused barriers", reused_barriers(text))
-                print(assemble(text), flush=True)
+    todo = [(kind, case) for kind, (cases, _) in KINDS.items() for case in cases]
+    with ProcessPoolExecutor() as pool:
+        for text in pool.map(report, *zip(*todo, strict=True)):
+            print(text, flush=True)

@@ -42,6 +42,7 @@ def has_gluon() -> bool:
     )
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(not has_gluon(), reason="this Triton has no Gluon")
 def test_kernels_compile_without_spills_and_with_products_in_flight() -> None:
     path = os.pathsep.join([*os.environ.get("PYTHONPATH", "").split(os.pathsep), str(HERE.parents[1])])
